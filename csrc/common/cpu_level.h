@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Which instruction set the CPU kernels run with, chosen once at run time.
+#pragma once
+
+namespace dynconv {
+
+enum class CpuLevel { baseline, avx2, avx512 };
+
+// The best level this CPU has and this binary contains, or the one that the environment variable DYNCONV_CPU_LEVEL
+// (baseline, avx2, avx512) asks for. Throws if that is unknown or not to be had here.
+CpuLevel cpu_level();
+const char* cpu_level_name();
+
+// Whether a bfloat16 matrix product runs on native instructions (AMX or AVX512-BF16), so that it beats float32.
+bool has_native_bfloat16();
+
+}  // namespace dynconv

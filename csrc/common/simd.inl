@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Vectors of float or double and their loads and stores from every storage type, in the compilers' vector extension:
+// included once for each instruction set by foreach_cpu_level.h, which sets DYNCONV_VECTOR_BYTES and DYNCONV_LEVEL.
+
+template <class acc_t>
+struct Simd {
+  static constexpr int64_t lanes = DYNCONV_VECTOR_BYTES / sizeof(acc_t);
+  typedef acc_t vec __attribute__((vector_size(DYNCONV_VECTOR_BYTES)));
+  // The same vector at any address.
+  typedef acc_t loose __attribute__((vector_size(DYNCONV_VECTOR_BYTES), aligned(alignof(acc_t)), may_alias));
+};
+template <class acc_t>
+using Vec = typename Simd<acc_t>::vec;
+
+typedef uint32_t u32_vec __attribute__((vector_size(DYNCONV_VECTOR_BYTES)));
+typedef uint16_t u16_half_vec __attribute__((vector_size(DYNCONV_VECTOR_BYTES / 2)));
+typedef uint16_t u16_half_loose __attribute__((vector_size(DYNCONV_VECTOR_BYTES / 2), aligned(2), may_alias));
+
+DYNCONV_INLINE Vec<float> load(const float* p) { return *reinterpret_cast<const Simd<float>::loose*>(p); }
+DYNCONV_INLINE Vec<double> load(const double* p) { return *reinterpret_cast<const Simd<double>::loose*>(p); }
+DYNCONV_INLINE Vec<float> load(const bfloat16* p) {
+  const u16_half_vec bits = *reinterpret_cast<const u16_half_loose*>(p);
+  return __builtin_bit_cast(Vec<float>, __builtin_convertvector(bits, u32_vec) << 16);
+}
+DYNCONV_INLINE Vec<float> load(const float16* p) {
+#if DYNCONV_LEVEL == 2
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif DYNCONV_LEVEL == 1
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Vec<float> v;
+  for (int64_t i = 0; i < Simd<float>::lanes; ++i) v[i] = to_acc(p[i]);
+  return v;
+#endif
+}
+
+DYNCONV_INLINE void store(float* p, Vec<float> v) { *reinterpret_cast<Simd<float>::loose*>(p) = v; }
+DYNCONV_INLINE void store(double* p, Vec<double> v) { *reinterpret_cast<Simd<double>::loose*>(p) = v; }
+DYNCONV_INLINE void store(bfloat16* p, Vec<float> v) {
+  const u32_vec bits = __builtin_bit_cast(u32_vec, v);
+  const u32_vec nan = __builtin_bit_cast(u32_vec, v != v);
+  const u32_vec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const u32_vec chosen = (nan & ((bits >> 16) | 0x40u)) | (~nan & rounded);
+  *reinterpret_cast<u16_half_loose*>(p) = __builtin_convertvector(chosen, u16_half_vec);
+}
+DYNCONV_INLINE void store(float16* p, Vec<float> v) {
+#if DYNCONV_LEVEL == 2
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif DYNCONV_LEVEL == 1
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int64_t i = 0; i < Simd<float>::lanes; ++i) from_acc(v[i], p + i);
+#endif
+}
+
+// The first count elements, zero behind them; count < lanes.
+template <class acc_t, class storage_t>
+DYNCONV_INLINE Vec<acc_t> load_partial(const storage_t* p, int64_t count) {
+  Vec<acc_t> v = {};
+  for (int64_t i = 0; i < count; ++i) v[i] = to_acc(p[i]);
+  return v;
+}
+template <class acc_t, class storage_t>
+DYNCONV_INLINE void store_partial(storage_t* p, Vec<acc_t> v, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) from_acc(v[i], p + i);
+}
+#if DYNCONV_LEVEL == 2
+template <>
+DYNCONV_INLINE Vec<float> load_partial<float, float>(const float* p, int64_t count) {
+  return (Vec<float>)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1u), p);
+}
+template <>
+DYNCONV_INLINE void store_partial<float, float>(float* p, Vec<float> v, int64_t count) {
+  _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1u), (__m512)v);
+}
+#endif
+
+template <class acc_t>
+DYNCONV_INLINE acc_t sum_lanes(Vec<acc_t> v) {
+  acc_t total = v[0];
+  for (int64_t i = 1; i < Simd<acc_t>::lanes; ++i) total += v[i];
+  return total;
+}
+#if DYNCONV_LEVEL == 2
+template <>
+DYNCONV_INLINE float sum_lanes<float>(Vec<float> v) {
+  return _mm512_reduce_add_ps((__m512)v);
+}
+#endif

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the operators' Python faces share: pairs, layouts, casting under autocast, double backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def pair(name: str, value: int | Sequence[int]) -> list[int]:
+    """(height, width) of an argument given as one number or two.
+
+    Raises:
+        TypeError: value is neither; names the argument.
+    """
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if len(value) == 2:
+            return [value[0], value[1]]
+        if len(value) == 1:
+            return [value[0], value[0]]
+    elif not isinstance(value, str | float | bool | Tensor) and hasattr(value, "__index__") | isinstance(
+        value, torch.SymInt
+    ):
+        return [value, value]
+    raise TypeError(f"{name}: got {value!r}, expected an int or a pair of ints (height, width)")
+
+
+def check_tensor(name: str, value: Any, optional: bool = False) -> None:
+    """Raises TypeError unless value is a tensor (or None, if optional)."""
+    if not (isinstance(value, Tensor) or optional and value is None):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a Tensor{' or None' if optional else ''}")
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """The library's rule for the layout of an output; the C++ side has the same."""
+    return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def empty_like_layout(like: Tensor, shape: Sequence[Any]) -> Tensor:
+    """An output of like's dtype, device and layout (contiguous or channels_last)."""
+    layout = torch.channels_last if is_channels_last(like) else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+def register_autocast(library: torch.library.Library, name: str, lowered: Sequence[int]) -> None:
+    """Under autocast, the arguments at the given positions are cast to autocast's dtype; the others stay as they are.
+
+    float64 stays float64, as in torch's own autocast.
+    """
+    operator = getattr(torch.ops.dynconv_ext, name).default
+
+    def rule(device: str, key: torch._C.DispatchKey) -> Callable[..., Any]:
+        def cast_and_call(*args: Any) -> Any:
+            dtype = torch.get_autocast_dtype(device)
+            values = list(args)
+            for i in lowered:
+                if isinstance(values[i], Tensor) and values[i].is_floating_point() and values[i].dtype != torch.float64:
+                    values[i] = values[i].to(dtype)
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+                return operator(*values)
+
+        return cast_and_call
+
+    library.impl(name, rule("cpu", torch._C.DispatchKey.AutocastCPU), "AutocastCPU")
+    library.impl(name, rule("cuda", torch._C.DispatchKey.AutocastCUDA), "AutocastCUDA")
+
+
+def double_backward(
+    formula: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad_out: Tensor, grads: Sequence[Tensor | None]
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """Gradients of an operator's backward, through the operator's reference formula.
+
+    Args:
+        formula: the reference, of ``inputs``.
+        inputs: the operator's tensors, None where absent.
+        grad_out: the gradient that went into the backward.
+        grads: gradients with respect to the backward's outputs, one an input; None where not used.
+
+    Returns:
+        Gradients with respect to the inputs, and with respect to grad_out. They are differentiable in turn.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # A tensor that has a graph keeps it, for gradients of a still higher order.
+        leaves = [None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in inputs]
+        seed = grad_out.view_as(grad_out) if grad_out.requires_grad else grad_out.detach().requires_grad_()
+        chosen = [i for i, g in enumerate(grads) if g is not None and leaves[i] is not None]
+        if not chosen:
+            return [None] * len(leaves), None
+        out = formula(*leaves)
+        first = torch.autograd.grad(out, [leaves[i] for i in chosen], seed, create_graph=True)
+        wanted = [t for t in (*leaves, seed) if t is not None]
+        second = torch.autograd.grad(
+            first, wanted, [grads[i] for i in chosen], create_graph=create_graph, allow_unused=True
+        )
+    results = iter(second)
+    return [None if t is None else next(results) for t in leaves], next(results)

@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Modulated deformable convolution: fake kernels, autograd Function, registration, autocast, function, modules."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import init
+
+from dynconv_ext import _extension
+from dynconv_ext._registration import check_tensor, double_backward, empty_like_layout, pair, register_autocast
+from dynconv_ext.reference.deform_conv2d import deform_conv2d as reference_deform_conv2d
+
+# ------------------------------------------------------------------------------------------------------ fake kernels
+
+
+def _fake(input, offset, weight, bias, stride, padding, dilation, mask):
+    sizes = [
+        (input.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
+        for i in (0, 1)
+    ]
+    return empty_like_layout(input, (input.shape[0], weight.shape[0], *sizes))
+
+
+def _fake_backward(grad_out, input, offset, weight, stride, padding, dilation, mask, output_mask):
+    def empty(wanted: bool, like: Tensor, shape: Any) -> Tensor:
+        return like.new_empty(tuple(shape) if wanted else (0,))
+
+    return (
+        empty_like_layout(input, input.shape) if output_mask[0] else input.new_empty((0,)),
+        empty(output_mask[1], offset, offset.shape),
+        empty(output_mask[2], weight, weight.shape),
+        empty(output_mask[3], weight, weight.shape[:1]),
+        empty(output_mask[4] and mask is not None, offset if mask is None else mask, () if mask is None else mask.shape),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- autograd
+
+
+class DeformConv2dFunction(torch.autograd.Function):
+    """deform_conv2d with its backward; registered as the autograd formula of torch.ops.dynconv_ext.deform_conv2d."""
+
+    @staticmethod
+    def forward(input, offset, weight, bias, stride, padding, dilation, mask):
+        return torch.ops.dynconv_ext.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, offset, weight, bias, stride, padding, dilation, mask = inputs
+        ctx.save_for_backward(input, offset, weight, mask)
+        ctx.geometry = (stride, padding, dilation)
+        # Of input, offset, weight, bias, mask; torch appends entries of its own behind the arguments'.
+        ctx.output_mask = [ctx.needs_input_grad[i] for i in (0, 1, 2, 3, 7)]
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        input, offset, weight, mask = ctx.saved_tensors
+        grads = torch.ops.dynconv_ext.deform_conv2d_backward(
+            grad_out, input, offset, weight, *ctx.geometry, mask, ctx.output_mask
+        )
+        grad_input, grad_offset, grad_weight, grad_bias, grad_mask = (
+            g if wanted else None for g, wanted in zip(grads, ctx.output_mask, strict=True)
+        )
+        return (
+            grad_input,
+            grad_offset,
+            grad_weight,
+            grad_bias,
+            None,  # stride
+            None,  # padding
+            None,  # dilation
+            grad_mask,
+        )
+
+
+class DeformConv2dBackwardFunction(torch.autograd.Function):
+    """deform_conv2d_backward with its own backward (double backward), through the reference formula."""
+
+    @staticmethod
+    def forward(grad_out, input, offset, weight, stride, padding, dilation, mask, output_mask):
+        return torch.ops.dynconv_ext.deform_conv2d_backward(
+            grad_out, input, offset, weight, stride, padding, dilation, mask, output_mask
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        grad_out, input, offset, weight, stride, padding, dilation, mask, output_mask = inputs
+        ctx.save_for_backward(grad_out, input, offset, weight, mask)
+        ctx.geometry = (stride, padding, dilation)
+        ctx.output_mask = output_mask
+
+    @staticmethod
+    def backward(ctx, *grads):
+        grad_out, input, offset, weight, mask = ctx.saved_tensors
+
+        def formula(input, offset, weight, bias, mask):
+            return reference_deform_conv2d(input, offset, weight, bias, *ctx.geometry, mask)
+
+        bias = weight.new_zeros(weight.shape[0])
+        used = [g if wanted else None for g, wanted in zip(grads, ctx.output_mask, strict=True)]
+        (grad_input, grad_offset, grad_weight, _, grad_mask), grad_grad_out = double_backward(
+            formula, [input, offset, weight, bias, mask], grad_out, used
+        )
+        return (
+            grad_grad_out,
+            grad_input,
+            grad_offset,
+            grad_weight,
+            None,  # stride
+            None,  # padding
+            None,  # dilation
+            grad_mask,
+            None,  # output_mask
+        )
+
+
+# -------------------------------------------------------------------------------------------- registration, autocast
+
+_library: torch.library.Library | None = None
+
+
+def _register() -> None:
+    global _library
+    _library = torch.library.Library("dynconv_ext", "FRAGMENT")
+    for name, fake, function in (
+        ("deform_conv2d", _fake, DeformConv2dFunction),
+        ("deform_conv2d_backward", _fake_backward, DeformConv2dBackwardFunction),
+    ):
+        qualified = f"dynconv_ext::{name}"
+        torch.library.register_fake(qualified, fake, lib=_library)
+        torch.library.register_autograd(
+            qualified, function.backward, setup_context=function.setup_context, lib=_library
+        )
+    # Offset and mask keep their dtype: a bfloat16 coordinate near 200 is off by half a pixel.
+    register_autocast(_library, "deform_conv2d", lowered=(0, 2, 3))
+
+
+if _extension.loaded:
+    _register()
+
+# ---------------------------------------------------------------------------------------------------------- function
+
+
+def deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = (1, 1),
+    padding: int | tuple[int, int] = (0, 0),
+    dilation: int | tuple[int, int] = (1, 1),
+    mask: Tensor | None = None,
+) -> Tensor:
+    r"""Modulated deformable convolution (deformable convolution v2; v1 without a mask).
+
+    .. math::
+        out[n,o,p] = bias[o] + \sum_{c,k} weight[o,c,k] \; mask[n,d(c),k,p] \;
+        sample(input[n,c],\; p \cdot stride - padding + k \cdot dilation + offset[n,d(c),k,p])
+
+    ``sample`` is bilinear, a corner outside the image counts 0. The value, and the gradient with respect to the
+    offset, is 0 unless -1 < y < H and -1 < x < W: torchvision differs at exactly -1, where it gives a one-sided
+    gradient. A NaN coordinate gives NaN.
+
+    Args:
+        input: (N, C, H, W), contiguous or channels_last, in which case the output is channels_last as well.
+        offset: (N, 2 * D * kH * kW, Ho, Wo), in input pixels, D offset groups, each for C / D consecutive channels.
+            Channel 2 * (d * kH * kW + i * kW + j) is the vertical offset of tap (i, j), the next one the horizontal.
+        weight: (O, C / groups, kH, kW); groups follows from the shapes.
+        bias: (O,).
+        stride: step of the kernel, in input pixels.
+        padding: zeros assumed around the input, in pixels.
+        dilation: distance of the taps, in pixels.
+        mask: (N, D * kH * kW, Ho, Wo), any real values; absent means 1.
+
+    float32, float64, bfloat16 and float16; sums and coordinates are float32 (float64 for float64). Offset and mask may
+    be float32 beside 16-bit input and weight; autocast lowers input, weight and bias only.
+
+    Returns:
+        (N, O, Ho, Wo).
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit; names the argument, what came and what was expected.
+        TypeError: an argument is no tensor, or no int or pair of ints.
+        ImportError: the compiled library is missing.
+
+    Example:
+        >>> x, weight = torch.ones(1, 4, 8, 8), torch.ones(6, 4, 3, 3)
+        >>> offset, mask = torch.zeros(1, 18, 6, 6), torch.ones(1, 9, 6, 6)
+        >>> torch.equal(deform_conv2d(x, offset, weight, mask=mask), nn.functional.conv2d(x, weight))
+        True
+
+    Source: Dai et al. 2017, arXiv:1703.06211; Zhu et al. 2019, arXiv:1811.11168, eq. 1.
+    """
+    _extension.require()
+    check_tensor("input", input)
+    check_tensor("offset", offset)
+    check_tensor("weight", weight)
+    check_tensor("bias", bias, optional=True)
+    check_tensor("mask", mask, optional=True)
+    return torch.ops.dynconv_ext.deform_conv2d(
+        input,
+        offset,
+        weight,
+        bias,
+        pair("stride", stride),
+        pair("padding", padding),
+        pair("dilation", dilation),
+        mask,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- modules
+
+
+def _check_layer(in_channels: int, out_channels: int, groups: int, offset_groups: int) -> None:
+    for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
+        if value < 1 or value % groups != 0:
+            raise ValueError(f"{name}: got {value}, expected a positive multiple of groups = {groups}")
+    if offset_groups < 1 or in_channels % offset_groups != 0:
+        raise ValueError(f"offset_groups: got {offset_groups}, expected a divisor of in_channels = {in_channels}")
+
+
+class DeformConv2d(nn.Module):
+    """Deformable convolution with offset (and mask) given to forward; torchvision.ops.DeformConv2d's constructor.
+
+    Args:
+        in_channels: C.
+        out_channels: O.
+        kernel_size: (kH, kW).
+        stride, padding, dilation, groups: as in :func:`deform_conv2d`.
+        bias: whether to learn a bias.
+        device, dtype: of the parameters.
+
+    Attributes:
+        weight: (O, C / groups, kH, kW).
+        bias: (O,) or None.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if groups < 1:
+            raise ValueError(f"groups: got {groups}, expected at least 1")
+        _check_layer(in_channels, out_channels, groups, 1)
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size = tuple(pair("kernel_size", kernel_size))
+        self.stride = tuple(pair("stride", stride))
+        self.padding = tuple(pair("padding", padding))
+        self.dilation = tuple(pair("dilation", dilation))
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size, **options))
+        self.bias = nn.Parameter(torch.empty(out_channels, **options)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The initialisation of nn.Conv2d."""
+        init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.weight[0].numel())
+            init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+        """input (N, C, H, W), offset (N, 2*D*kH*kW, Ho, Wo), mask (N, D*kH*kW, Ho, Wo) -> (N, O, Ho, Wo)."""
+        return deform_conv2d(
+            input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask=mask
+        )
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        text += f", padding={self.padding}" if self.padding != (0, 0) else ""
+        text += f", dilation={self.dilation}" if self.dilation != (1, 1) else ""
+        text += f", groups={self.groups}" if self.groups != 1 else ""
+        return text + (", bias=False" if self.bias is None else "")
+
+
+class DeformableConv2d(nn.Module):
+    """Deformable convolution that predicts its own offset and mask, as in the source report.
+
+    ``mask = 2 * sigmoid(modulator_conv(x))``, ``offset = offset_conv(x)``, both convolutions zero-initialised, so that
+    the layer starts as an ordinary convolution. They run as one convolution. The state_dict keys are the report's:
+    ``offset_conv``, ``modulator_conv`` and ``regular_conv``, each with ``weight`` and ``bias``.
+
+    Args:
+        in_channels: C.
+        out_channels: O.
+        kernel_size: (kH, kW).
+        stride, padding, dilation, groups: as in :func:`deform_conv2d`.
+        offset_groups: D; the prediction has 3 * D * kH * kW channels.
+        bias: whether ``regular_conv`` has a bias; the predictions always have one.
+        device, dtype: of the parameters.
+
+    Source: Zhu et al. 2019, arXiv:1811.11168.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        offset_groups: int = 1,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if groups < 1:
+            raise ValueError(f"groups: got {groups}, expected at least 1")
+        _check_layer(in_channels, out_channels, groups, offset_groups)
+        geometry: dict[str, Any] = {
+            "kernel_size": tuple(pair("kernel_size", kernel_size)),
+            "stride": tuple(pair("stride", stride)),
+            "padding": tuple(pair("padding", padding)),
+            "dilation": tuple(pair("dilation", dilation)),
+            "device": device,
+            "dtype": dtype,
+        }
+        taps = math.prod(geometry["kernel_size"])
+        self.offset_groups = offset_groups
+        self.offset_conv = nn.Conv2d(in_channels, 2 * offset_groups * taps, **geometry)
+        self.modulator_conv = nn.Conv2d(in_channels, offset_groups * taps, **geometry)
+        # Holds the weight and the bias of the deformable convolution; never called as a convolution.
+        self.regular_conv = nn.Conv2d(in_channels, out_channels, groups=groups, bias=bias, **geometry)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zero predictions, and the initialisation of nn.Conv2d for the convolution itself."""
+        for conv in (self.offset_conv, self.modulator_conv):
+            init.zeros_(conv.weight)
+            init.zeros_(conv.bias)
+        self.regular_conv.reset_parameters()
+
+    def predict(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Offset (N, 2*D*kH*kW, Ho, Wo) in pixels, and mask (N, D*kH*kW, Ho, Wo) in (0, 2), for an input."""
+        conv = self.offset_conv
+        weight = torch.cat([conv.weight, self.modulator_conv.weight])
+        bias = torch.cat([conv.bias, self.modulator_conv.bias])
+        both = nn.functional.conv2d(input, weight, bias, conv.stride, conv.padding, conv.dilation)
+        offset, logits = both.split([conv.out_channels, self.modulator_conv.out_channels], dim=1)
+        return offset, 2 * logits.sigmoid()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input (N, C, H, W) -> (N, O, Ho, Wo)."""
+        offset, mask = self.predict(input)
+        conv = self.regular_conv
+        return deform_conv2d(
+            input, offset, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, mask=mask
+        )
+
+    def extra_repr(self) -> str:
+        return f"offset_groups={self.offset_groups}"
