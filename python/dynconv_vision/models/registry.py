@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Networks by name: what a study, a checkpoint and a report all mean by ``"task2_published"``."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+
+#: The two studies of the source report.
+TASKS = ("task1", "task2")
+
+_Builder = TypeVar("_Builder", bound=Callable[..., nn.Module])
+
+
+@dataclass(frozen=True)
+class _Entry:
+    builder: Callable[..., nn.Module]
+    tasks: tuple[str, ...]
+
+
+_MODELS: dict[str, _Entry] = {}
+
+
+def _task_name(task: str | int) -> str:
+    name = f"task{task}" if isinstance(task, int) else task
+    if name not in TASKS:
+        raise ValueError(f"task: got {task!r}, expected one of {', '.join(map(repr, TASKS))}")
+    return name
+
+
+def register_model(name: str, *, task: str | int | tuple[str | int, ...] = ()) -> Callable[[_Builder], _Builder]:
+    """Make a builder available to :func:`create_model` under ``name``.
+
+    Args:
+        name: The name; it must be free.
+        task: The study or studies that the network belongs to, ``"task1"`` or ``"task2"``.
+
+    Returns:
+        A decorator for a builder ``(num_classes, image_size, **options) -> nn.Module``, which it leaves unchanged.
+
+    Raises:
+        ValueError: If the name is taken or a task is unknown.
+
+    Example:
+        >>> from torch import nn
+        >>> @register_model("one_layer_for_this_example", task="task2")
+        ... def one_layer(num_classes, image_size):
+        ...     return nn.Sequential(nn.Flatten(), nn.Linear(3 * image_size**2, num_classes))
+        >>> create_model("one_layer_for_this_example", num_classes=2, image_size=4)[1].out_features
+        2
+    """
+    if name in _MODELS:
+        raise ValueError(f"name: the model {name!r} is already registered")
+    tasks = tuple(_task_name(each) for each in (task if isinstance(task, tuple) else (task,)))
+
+    def decorator(builder: _Builder) -> _Builder:
+        _MODELS[name] = _Entry(builder, tasks)
+        return builder
+
+    return decorator
+
+
+def list_models(task: str | int | None = None) -> list[str]:
+    """Names that :func:`create_model` knows, in the order of their registration.
+
+    Args:
+        task: Only the networks of this study (``"task1"``, ``"task2"``, or 1, 2); all of them if None.
+
+    Raises:
+        ValueError: If the task is unknown.
+    """
+    if task is None:
+        return list(_MODELS)
+    wanted = _task_name(task)
+    return [name for name, entry in _MODELS.items() if wanted in entry.tasks]
+
+
+def create_model(name: str, num_classes: int = 50, image_size: int = 64, **options: object) -> nn.Module:
+    """Build a registered network.
+
+    Args:
+        name: One of :func:`list_models`.
+        num_classes: Number of classes, at least 1.
+        image_size: Height and width of the images, in pixels. Only the parameters of ``task2_published`` depend on it.
+        **options: Passed to the network's builder.
+
+    Returns:
+        The network, with fresh weights, in training mode.
+
+    Raises:
+        ValueError: If the name is unknown (the text names the near matches), or a number is out of range.
+        TypeError: If the network has no such option.
+
+    Example:
+        >>> network = create_model("resnet18", num_classes=10)
+        >>> network.fc.out_features
+        10
+    """
+    if name not in _MODELS:
+        near = difflib.get_close_matches(name, _MODELS, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+        raise ValueError(
+            f"name: got {name!r}, which is no known model; {hint}Known models: {', '.join(sorted(_MODELS))}"
+        )
+    for argument, value in (("num_classes", num_classes), ("image_size", image_size)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{argument}: got {value!r}, expected a positive integer")
+    builder = _MODELS[name].builder
+    accepted = [key for key in inspect.signature(builder).parameters if key not in ("num_classes", "image_size")]
+    for key in options:
+        if key not in accepted:
+            raise TypeError(
+                f"{key}: no option of the model {name!r}, whose options are {', '.join(accepted) or 'none'}"
+            )
+    return builder(num_classes=num_classes, image_size=image_size, **options)

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Pictures of a run, drawn by matplotlib's Agg renderer: no display is needed, and pyplot's global state is left alone.
+
+A network has one colour in all pictures: blue is the plain baseline, vermilion the published network, green ours. The
+colours are those of Okabe and Ito, which colour-blind readers can tell apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from .results import Results
+from .source_report import CHANNEL_SETS, DATASET, IMAGE_SIZE, corrected
+
+_COLOURS = {
+    "resnet18": "#0072B2",
+    "resnet34": "#0072B2",
+    "task1_published": "#D55E00",
+    "task2_published": "#D55E00",
+    "variable_resnet18": "#009E73",
+}
+_MORE_COLOURS = ("#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+
+_LABELS = {
+    "resnet18": "ResNet-18",
+    "resnet34": "ResNet-34",
+    "task1_published": "VariableInputConv, published",
+    "task2_published": "Task II network, published",
+    "variable_resnet18": "VariableInputConv, ours",
+}
+
+_INK = "#333333"
+#: Up to so many epochs, curves mark every one.
+_FEW_EPOCHS = 12
+_SOURCE_LABEL = f"source report, corrected\n({DATASET}, {IMAGE_SIZE} px)"
+
+
+def model_label(name: str) -> str:
+    """How pictures name a network."""
+    return _LABELS.get(name, name)
+
+
+def model_colours(names: Sequence[str]) -> dict[str, str]:
+    """The colour of every network; networks unknown to this module take spare colours in their order."""
+    spare = [name for name in names if name not in _COLOURS]
+    return {name: _COLOURS.get(name) or _MORE_COLOURS[spare.index(name) % len(_MORE_COLOURS)] for name in names}
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _style(axes: Axes, grid: str = "y") -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#999999")
+    axes.tick_params(colors=_INK)
+    axes.grid(axis=grid, color="#E3E3E3", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=150, facecolor="white")
+
+
+def _source_handle() -> Line2D:
+    return Line2D(
+        [], [], linestyle="none", marker="D", markersize=6, markerfacecolor="white", markeredgecolor=_INK,
+        label=_SOURCE_LABEL,
+    )  # fmt: skip
+
+
+def draw_learning_curves(path: Path, histories: Mapping[str, Mapping[str, Sequence[float]]], title: str) -> bool:
+    """Loss and accuracy over the epochs, training dashed, validation solid.
+
+    Args:
+        path: The PNG to write.
+        histories: Columns of ``history.csv`` by network.
+        title: Above the picture.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    drawable = {
+        name: history
+        for name, history in histories.items()
+        if any(
+            math.isfinite(value)
+            for key, column in history.items()
+            if key not in ("epoch", "seconds")
+            for value in column
+        )
+    }
+    if not drawable:
+        return False
+    colours = model_colours(list(histories))
+    longest = max(len(history["epoch"]) for history in drawable.values())
+    marker = "o" if longest <= _FEW_EPOCHS else None
+    figure = _new_figure(11, 4.4)
+    left, right = figure.subplots(1, 2)
+    for axes, quantity, label in ((left, "loss", "loss (cross-entropy, nats)"), (right, "acc", "accuracy (%)")):
+        for name, history in drawable.items():
+            for split, style, face in (("train", "--", "white"), ("val", "-", None)):
+                values = history.get(f"{split}_{quantity}")
+                if values is None:
+                    continue
+                axes.plot(
+                    history["epoch"], values, style, color=colours[name], linewidth=1.8,
+                    marker=marker, markersize=5, markerfacecolor=face or colours[name],
+                )  # fmt: skip
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        if longest == 1:
+            axes.margins(x=0.5)
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
+        _style(axes)
+    handles = [Line2D([], [], color=colours[name], linewidth=2.5, label=model_label(name)) for name in drawable]
+    handles += [
+        Line2D(
+            [], [], color=_INK, linestyle="--", linewidth=1.8, marker=marker, markerfacecolor="white", label="training"
+        ),
+        Line2D([], [], color=_INK, linestyle="-", linewidth=1.8, marker=marker, label="validation"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.suptitle(title)
+    _save(figure, path)
+    return True
+
+
+def _grouped_bars(
+    axes: Axes,
+    groups: Sequence[str],
+    values: Mapping[str, Sequence[float | None]],
+    source: Mapping[str, Sequence[float | None]],
+) -> bool:
+    """Bars with their numbers, one group on the x axis per entry of ``groups``; says whether it drew source marks."""
+    colours = model_colours(list(values))
+    width = min(0.8 / len(values), 0.4)
+    size = 9 if len(values) * len(groups) <= 9 else 7.5
+    marked = False
+    highest = 1.0
+    numbers = []
+    for place, (name, column) in enumerate(values.items()):
+        for group, value in enumerate(column):
+            x = group + width * (place + 0.5 - len(values) / 2)
+            reference = source.get(name, [None] * len(groups))[group]
+            if reference is not None:
+                axes.plot(x, reference, "D", markersize=5, markerfacecolor="white", markeredgecolor=_INK, zorder=3)
+                highest, marked = max(highest, reference), True
+            if value is None:
+                axes.text(x, 0.4, "n/a", ha="center", va="bottom", color="#888888", fontsize=size, rotation=90)
+                continue
+            highest = max(highest, value)
+            axes.bar(x, value, width * 0.92, color=colours[name])
+            numbers.append((x, value))
+    limit = min(1.08 * highest + 2, 110)
+    for x, value in numbers:
+        # At the foot of the bar, where marks and other bars are far; above it where the bar is too low.
+        inside = value > 0.09 * limit
+        axes.annotate(
+            f"{value:.1f}", (x, 0 if inside else value), xytext=(0, 4), textcoords="offset points", ha="center",
+            va="bottom", fontsize=size, color="white" if inside else _INK, weight="bold" if inside else "normal",
+        )  # fmt: skip
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_xlim(-0.55, len(groups) - 0.45)
+    axes.set_ylim(0, limit)
+    axes.set_ylabel("accuracy (%)")
+    _style(axes)
+    axes.tick_params(axis="x", length=0)
+    return marked
+
+
+def _bar_legend(figure: Figure, names: Sequence[str], marked: bool) -> None:
+    colours = model_colours(names)
+    handles = [Line2D([], [], color=colours[name], linewidth=8, label=model_label(name)) for name in names]
+    if marked:
+        handles.append(_source_handle())
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+
+
+def draw_accuracy(path: Path, results: Results, title: str) -> bool:
+    """Training, validation and test accuracy of every network, with the source report's corrected numbers as marks.
+
+    Args:
+        path: The PNG to write.
+        results: The run.
+        title: Above the picture.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    keys = ("train_acc", "val_acc", "test_acc")
+    values = {name: [results.number(name, key) for key in keys] for name in results.models}
+    if all(value is None for column in values.values() for value in column):
+        return False
+    source = {name: [corrected(name, key) for key in keys] for name in values}
+    figure = _new_figure(11, 4.6)
+    axes = figure.subplots()
+    marked = _grouped_bars(axes, ("training", "validation", "test"), values, source)
+    _bar_legend(figure, list(values), marked)
+    figure.suptitle(title)
+    _save(figure, path)
+    return True
+
+
+def draw_channels(path: Path, results: Results, title: str) -> bool:
+    """Test accuracy on every set of channels, with the source report's corrected numbers as marks.
+
+    Args:
+        path: The PNG to write.
+        results: The run.
+        title: Above the picture.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    known = {key for entry in results.models.values() for key in entry.get("channels", {})}
+    sets = [*CHANNEL_SETS, *sorted(known - set(CHANNEL_SETS))]
+    values = {
+        name: [results.number(name, f"channels.{key}") for key in sets]
+        for name, entry in results.models.items()
+        if entry.get("channels")
+    }
+    if not values:
+        return False
+    source = {name: [corrected(name, f"channels.{key}") for key in sets] for name in values}
+    figure = _new_figure(11, 4.6)
+    axes = figure.subplots()
+    marked = _grouped_bars(axes, sets, values, source)
+    axes.set_xlabel("channels of the test images")
+    axes.set_ylabel("test accuracy (%)")
+    _bar_legend(figure, list(values), marked)
+    figure.suptitle(title)
+    _save(figure, path)
+    return True
+
+
+def draw_complexity(path: Path, results: Results, title: str) -> bool:
+    """Parameters and operations of every network.
+
+    Args:
+        path: The PNG to write.
+        results: The run.
+        title: Above the picture.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    panels = [
+        (label, divisor, [results.number(name, key) for name in results.models])
+        for key, label, divisor in (
+            ("params", "parameters (millions)", 1e6),
+            ("flops", "operations per image (GFLOPs)", 1e9),
+        )
+    ]
+    if all(value is None for _, _, column in panels for value in column):
+        return False
+    names = list(results.models)
+    colours = model_colours(names)
+    figure = _new_figure(10, 1.6 + 0.55 * len(names))
+    both = figure.subplots(1, 2, sharey=True)
+    for axes, (label, divisor, column) in zip(both, panels, strict=True):
+        longest = max((value for value in column if value is not None), default=divisor) / divisor or 1.0
+        for place, (name, value) in enumerate(zip(names, column, strict=True)):
+            if value is None:
+                axes.text(0.01 * longest, place, "n/a", va="center", color="#888888")
+                continue
+            axes.barh(place, value / divisor, 0.62, color=colours[name])
+            axes.text(value / divisor + 0.015 * longest, place, f"{value / divisor:.3f}", va="center", color=_INK)
+        axes.set_xlim(0, 1.2 * longest)
+        axes.set_xlabel(label)
+        axes.set_yticks(range(len(names)), [model_label(name) for name in names])
+        _style(axes, grid="x")
+        axes.tick_params(axis="y", length=0)
+    both[0].invert_yaxis()
+    figure.suptitle(title)
+    _save(figure, path)
+    return True

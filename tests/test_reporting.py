@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Reports: every table of the source report, pictures, incomplete runs, broken files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dynconv_vision.models import list_models
+from dynconv_vision.reporting import ResultsError, load_history, load_results, write_report
+from dynconv_vision.reporting.figures import model_colours
+from dynconv_vision.reporting.source_report import CHANNEL_SETS, FIGURE_3, FIGURES, corrected
+from matplotlib.image import imread
+
+TASK1 = {
+    "resnet18": {"params": 11_194_482, "flops": 1_121_503_232, "test_acc": 51.25, "seconds": 812.4},
+    "variable_resnet18": {"params": 11_199_782, "flops": 1_121_517_376, "test_acc": 48.5, "seconds": 59.04},
+    "task1_published": {"params": 11_192_754, "flops": 1_121_517_098, "test_acc": 15.75, "seconds": 7265.0},
+}
+TASK2 = {
+    "task2_published": {"params": 421_751, "flops": 96_843_264, "test_acc": 42.0, "seconds": 300.0},
+    "resnet34": {"params": 21_310_322, "flops": 598_132_736, "test_acc": 48.0, "seconds": 900.0},
+}
+
+
+def make_run(folder: Path, task: str, epochs: int = 3, **changes: Any) -> dict[str, Any]:
+    """Write what a complete run leaves, and return the content of results.json."""
+    models = {}
+    for place, (name, numbers) in enumerate((TASK1 if task == "task1" else TASK2).items()):
+        models[name] = {
+            **numbers,
+            "train_acc": 61.5 + place,
+            "val_acc": 44.5 + place,
+            "train_loss": 1.25 + place,
+            "val_loss": 2.125 + place,
+        }
+        if task == "task1":
+            models[name]["channels"] = {key: 10.5 + place + 5 * len(key) for key in CHANNEL_SETS}
+        (folder / name).mkdir(parents=True)
+        lines = ["epoch,train_loss,train_acc,val_loss,val_acc,seconds"]
+        lines += [
+            f"{epoch},{3 / epoch:.3f},{20 * epoch},{3.5 / epoch:.3f},{15 * epoch},9.5" for epoch in range(1, epochs + 1)
+        ]
+        (folder / name / "history.csv").write_text("\n".join(lines) + "\n")
+    data = {"task": task, "dataset": "generated", "image_size": 64, "seed": 7, "epochs": epochs, "models": models}
+    data.update(changes)
+    (folder / "results.json").write_text(json.dumps(data))
+    return data
+
+
+def row(text: str, *cells: str) -> bool:
+    """Whether a table of ``text`` has a line that starts with these cells."""
+    wanted = list(cells)
+    return any(
+        [cell.strip() for cell in line.strip("| ").split("|")][: len(wanted)] == wanted for line in text.splitlines()
+    )
+
+
+def assert_picture(path: Path, colours: list[str]) -> None:
+    """The file is a picture that is large enough to read and holds areas of these colours."""
+    pixels = (imread(path)[:, :, :3] * 255).round().astype(int)
+    assert pixels.shape[0] >= 300
+    assert pixels.shape[1] >= 1000
+    for colour in colours:
+        wanted = [int(colour[place : place + 2], 16) for place in (1, 3, 5)]
+        assert (abs(pixels - wanted).sum(axis=2) <= 3).sum() >= 100, f"{path.name} has no {colour}"
+
+
+def test_task1_report(tmp_path: Path) -> None:
+    make_run(tmp_path, "task1")
+    text = write_report(tmp_path)
+    assert text == (tmp_path / "report.md").read_text()
+    assert "generated, 64 px, 3 epochs, seed 7" in text
+    assert "## Missing" not in text
+    # Figure 1
+    assert row(text, "`resnet18`", "parameters", "11.1927 M", "11.2022 M (7x7 stem)", "11.1945 M")
+    assert row(text, "`resnet18`", "operations", "251.993 G", "cannot be reproduced", "1.1215 G")
+    assert row(text, "`task1_published`", "parameters", "11.1939 M", "11.1928 M", "11.1928 M")
+    assert row(text, "`task1_published`", "operations", "301.994 G", "cannot be reproduced", "1.1215 G")
+    assert row(text, "`variable_resnet18`", "parameters", "–", "–", "11.1998 M")
+    # Figure 2
+    assert row(text, "`resnet18`", "epochs", "30", "30", "3")
+    assert row(text, "`resnet18`", "training accuracy", "63.32 %", "63.32 %", "61.50 %")
+    assert row(text, "`resnet18`", "test accuracy on RGB", "54.89 %", "54.89 %", "51.25 %")
+    assert row(text, "`task1_published`", "training accuracy", "16.67 %", "56.97 %", "63.50 %")
+    assert row(text, "`task1_published`", "validation loss", "3.6941", "3.6941", "4.1250")
+    assert row(text, "`task1_published`", "test accuracy on RGB", "14.60 %", "10.89 %", "15.75 %")
+    # Figure 3
+    assert row(text, "channels", "published", "corrected", "measured `resnet18`", "measured `variable_resnet18`")
+    assert row(text, "R", "18.67 %", "18.67 %", "15.50 %", "16.50 %", "17.50 %")
+    assert row(text, "G", "16.67 %", "14.67 %", "15.50 %")
+    assert row(text, "RG", "16.05 %", "17.11 %", "20.50 %")
+    assert row(text, "RGB", "14.60 %", "10.89 %", "25.50 %", "26.50 %", "27.50 %")
+    # Training time
+    assert row(text, "`resnet18`", "13 min 32 s")
+    assert row(text, "`variable_resnet18`", "59.0 s")
+    assert row(text, "`task1_published`", "2 h 01 min")
+    for name in ("learning_curves", "accuracy", "complexity", "channels"):
+        assert f"]({name}.png)" in text
+        assert_picture(tmp_path / f"{name}.png", list(model_colours(list(TASK1)).values()))
+
+
+def test_task2_report(tmp_path: Path) -> None:
+    make_run(tmp_path, "task2")
+    text = write_report(str(tmp_path))
+    # Figure 4
+    assert row(text, "`resnet34`", "parameters", "21.3103 M", "21.3103 M", "21.3103 M")
+    assert row(text, "`resnet34`", "operations", "59.874 G", "0.5987 G (at 64 px; 2.36 G at 124 px)", "0.5981 G")
+    assert row(
+        text, "`task2_published`", "parameters", "1.1090 M", "1.1099 M (at 128 px; 1.0534 M at 124 px)", "0.4218 M"
+    )
+    # Figure 5
+    assert row(text, "`resnet34`", "training loss", "0.0018", "0.0587", "2.2500")
+    assert row(text, "`resnet34`", "validation loss", "0.0586", "never computed", "3.1250")
+    assert row(text, "`task2_published`", "validation accuracy", "46.88 %", "46.88 %", "44.50 %")
+    assert row(text, "`task2_published`", "test accuracy", "44.00 %", "44.00 %", "42.00 %")
+    assert row(text, "`task2_published`", "90 %", "95.2 %", "95.2 %", "87.5 %")
+    assert not (tmp_path / "channels.png").exists()
+    assert "channels.png" not in text
+    for name in ("learning_curves", "accuracy", "complexity"):
+        assert_picture(tmp_path / f"{name}.png", list(model_colours(list(TASK2)).values()))
+
+
+def test_tables_read_as_text(tmp_path: Path) -> None:
+    make_run(tmp_path, "task2")
+    tables = [block.splitlines() for block in write_report(tmp_path).split("\n\n") if block.startswith("|")]
+    assert len(tables) == 4
+    for table in tables:
+        assert len({len(line) for line in table}) == 1
+
+
+def test_one_network_without_history_and_test(tmp_path: Path) -> None:
+    data = make_run(tmp_path, "task2")
+    entry = data["models"]["resnet34"]
+    del entry["test_acc"]
+    entry["val_loss"] = None
+    del data["seed"]
+    data["models"] = {"resnet34": entry}
+    (tmp_path / "results.json").write_text(json.dumps(data))
+    (tmp_path / "resnet34" / "history.csv").unlink()
+    (tmp_path / "learning_curves.png").write_bytes(b"of an earlier run")
+    text = write_report(tmp_path)
+    missing = text.split("## Missing")[1]
+    assert "- results.json has no `seed`." in missing
+    assert "- `task2_published` was not run." in missing
+    assert "- `resnet34`: test accuracy, validation loss." in missing
+    assert "- `resnet34`: no resnet34/history.csv, so no learning curves." in missing
+    assert "- learning_curves.png: nothing to draw." in missing
+    assert not (tmp_path / "learning_curves.png").exists()
+    assert "(learning_curves.png)" not in text
+    assert row(text, "`resnet34`", "test accuracy", "46.22 %", "46.22 %", "–")
+    assert row(text, "`task2_published`", "90 %", "95.2 %", "95.2 %", "–")
+    assert_picture(tmp_path / "accuracy.png", ["#0072B2"])
+
+
+def test_some_sets_of_channels(tmp_path: Path) -> None:
+    data = make_run(tmp_path, "task1")
+    data["models"]["resnet18"]["channels"] = {"RGB": 33.0, "RGBN": 34.0}
+    data["models"]["task1_published"]["channels"] = None
+    (tmp_path / "results.json").write_text(json.dumps(data))
+    text = write_report(tmp_path)
+    assert row(text, "RGB", "14.60 %", "10.89 %", "33.00 %", "26.50 %", "–")
+    assert row(text, "RGBN", "–", "–", "34.00 %", "–", "–")
+    assert "- `resnet18`: test accuracy on R, G, B, RG, RB, GB." in text
+    assert_picture(tmp_path / "channels.png", ["#0072B2", "#009E73"])
+
+
+def test_a_run_with_nothing_measured(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text('{"task": 1, "models": {"resnet18": {}}}')
+    text = write_report(tmp_path)
+    for name in ("learning_curves", "accuracy", "complexity", "channels"):
+        assert f"- {name}.png: nothing to draw." in text
+    assert list(tmp_path.glob("*.png")) == []
+
+
+def test_networks_of_ones_own(tmp_path: Path) -> None:
+    models = {
+        "mine": {"params": 5_000_000, "test_acc": 24.0},
+        "other": {"test_acc": 0.0},
+        "resnet34": {"test_acc": 48.0},
+    }
+    make_run(tmp_path, "task2", models=models)
+    text = write_report(tmp_path)
+    assert row(text, "`mine`", "parameters", "–", "–", "5.0000 M")
+    assert row(text, "`mine`", "90 %", "–", "–", "50.0 %")
+    colours = model_colours(list(models))
+    assert len(set(colours.values())) == 3
+    assert colours["resnet34"] == model_colours(["resnet34"])["resnet34"]
+    assert_picture(tmp_path / "accuracy.png", [colours["mine"], colours["resnet34"]])
+
+
+@pytest.mark.parametrize("epochs", [1, 40])
+def test_learning_curves_of_any_length(tmp_path: Path, epochs: int) -> None:
+    make_run(tmp_path, "task2", epochs=epochs)
+    write_report(tmp_path)
+    assert_picture(tmp_path / "learning_curves.png", ["#0072B2", "#D55E00"])
+
+
+def test_diverged_loss(tmp_path: Path) -> None:
+    data = make_run(tmp_path, "task2")
+    data["models"]["resnet34"]["train_loss"] = float("nan")
+    (tmp_path / "results.json").write_text(json.dumps(data))
+    history = tmp_path / "resnet34" / "history.csv"
+    history.write_text("epoch,train_loss,train_acc,val_loss,val_acc,seconds\n1,nan,2.0,inf,2.0,3\n2,,2.0,,2.0,3\n")
+    assert row(write_report(tmp_path), "`resnet34`", "training loss", "0.0018", "0.0587", "nan")
+    assert_picture(tmp_path / "learning_curves.png", ["#0072B2"])
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("epoch,train_loss\n1,abc\n", "line 2, train_loss: got 'abc', expected a number"),
+        ("loss\n1\n", r"got the columns \['loss'\], expected epoch, train_loss"),
+        ("epoch,train_loss\n", "no epochs in it"),
+        ("", "got the columns None"),
+    ],
+)
+def test_broken_history(tmp_path: Path, content: str, reason: str) -> None:
+    make_run(tmp_path, "task2")
+    path = tmp_path / "resnet34" / "history.csv"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=reason):
+        load_history(path)
+    text = write_report(tmp_path)
+    assert "- `resnet34`: resnet34/history.csv can't be read: " in text
+    assert_picture(tmp_path / "learning_curves.png", ["#D55E00"])
+
+
+def test_history_of_a_killed_run(tmp_path: Path) -> None:
+    path = tmp_path / "history.csv"
+    path.write_text("epoch,train_loss,train_acc,val_loss,val_acc,seconds\n1,3.5,10,3.0,12,4\n2,3.1")
+    history = load_history(path)
+    assert history["train_loss"] == [3.5, 3.1]
+    assert history["val_acc"][0] == 12
+    assert history["val_acc"][1] != history["val_acc"][1]
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (None, r"results\.json: not found; expected the folder of a run"),
+        ("{", r"results\.json: no valid JSON"),
+        ("[1]", "got a list, expected an object"),
+        ('{"models": {}}', r"no 'task'; got the keys \['models'\]"),
+        ('{"task": "task3", "models": {"a": {}}}', "task: got 'task3', expected 'task1' or 'task2'"),
+        ('{"task": "task1", "models": {}}', "models: got {}, expected an object with an entry for every network"),
+        ('{"task": "task1", "models": {"a": 3}}', "models.a: got 3, expected an object"),
+        ('{"task": "task1", "models": {"a": {"params": "many"}}}', r"models\.a\.params: got 'many', expected a number"),
+        ('{"task": "task1", "models": {"a": {"val_acc": 101}}}', r"models\.a\.val_acc: got 101, expected an accuracy"),
+        ('{"task": "task1", "models": {"a": {"flops": -1}}}', r"models\.a\.flops: got -1, expected a number >= 0"),
+        (
+            '{"task": "task1", "models": {"a": {"channels": [1]}}}',
+            r"models\.a\.channels: got \[1\], expected an object",
+        ),
+        ('{"task": "task1", "models": {"a": {"channels": {"R": true}}}}', r"models\.a\.channels\.R: got True"),
+        (
+            '{"task": "task1", "models": {"a": {"channels": {"R": -2}}}}',
+            r"models\.a\.channels\.R: got -2, expected an acc",
+        ),
+    ],
+)
+def test_broken_results(tmp_path: Path, content: str | None, text: str) -> None:
+    if content is not None:
+        (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ResultsError, match=text):
+        write_report(tmp_path)
+
+
+def test_load_results(tmp_path: Path) -> None:
+    make_run(tmp_path, "task1", precision="bf16")
+    results = load_results(tmp_path)
+    assert results.task == "task1"
+    assert results.settings["precision"] == "bf16"
+    assert results.number("resnet18", "channels.RG") == 20.5
+    assert results.number("resnet18", "epochs") == 3
+    assert results.number("absent", "epochs") is None
+
+
+def test_source_report_is_consistent() -> None:
+    """Its networks exist, and the published running averages follow from the corrected counts."""
+    for figure in FIGURES:
+        assert {row.model for row in figure.rows} <= set(list_models(figure.task))
+    total = 0.0
+    for count, source in enumerate(FIGURE_3.rows, start=1):
+        assert source.corrected is not None
+        total += source.corrected
+        assert source.published == pytest.approx(total / count, abs=0.01)
+    assert corrected("task1_published", "channels.RGB") == corrected("task1_published", "test_acc")
+    assert corrected("nobody", "test_acc") is None
+
+
+def test_no_display_is_needed(tmp_path: Path) -> None:
+    """Not even matplotlib.pyplot, which chooses a backend by the environment, is imported."""
+    make_run(tmp_path, "task2")
+    program = (
+        "import sys; from dynconv_vision.reporting import write_report; write_report(sys.argv[1]); "
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, env={"PYTHONPATH": ":".join(sys.path)})
