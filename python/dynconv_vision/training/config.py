@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Settings of one training run, frozen and saved as JSON beside its results."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("auto", "float32", "bf16")
+SCHEDULES = ("constant", "cosine")
+
+
+class StudyError(ValueError):
+    """The user asked for something that cannot be done; the message is one line and says what to change."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one training run. The defaults are the source report's for Task II.
+
+    Attributes:
+        epochs: Passes over the training images.
+        batch_size: Images per step and per process.
+        learning_rate: Adam's step size (its peak under a schedule).
+        weight_decay: L2 penalty, as `torch.optim.Adam` defines it.
+        schedule: "constant" or "cosine" (to zero at the end of the last epoch).
+        warmup_epochs: Epochs of linear warm-up from zero; may be a fraction.
+        gradient_clip: Greatest L2 norm of all gradients together; None clips nothing.
+        label_smoothing: Share of the target given to all classes evenly, in [0, 1).
+        early_stop_patience: Stop after so many epochs in a row without a better validation accuracy; None never stops.
+        augment: Random crops and horizontal flips of the training images, drawn per image.
+        channel_sampling: Train on random subsets of the channels, see `dynconv_vision.models.sample_channels`.
+        temperature_anneal: Share of the epochs over which modules with a temperature schedule go from its start to its
+            end; None leaves their temperature alone.
+        seed: Decides the weights at the start, the order of the batches and everything drawn during training.
+        device: One of DEVICES; "auto" takes CUDA, then MPS, then the CPU.
+        precision: One of PRECISIONS; "bf16" is bfloat16 autocast over float32 weights, "auto" takes it where the
+            hardware multiplies bfloat16 matrices natively (CUDA from Ampere on, CPUs with AMX or AVX512-BF16).
+        channels_last: Keep images and weights in the channels-last memory format.
+        checkpoint_minutes: Save `last.ckpt` inside an epoch whenever this long has passed since the last save.
+        checkpoint_steps: Save `last.ckpt` inside an epoch every so many steps as well; None does not.
+    """
+
+    epochs: int = 30
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    warmup_epochs: float = 0.0
+    gradient_clip: float | None = None
+    label_smoothing: float = 0.0
+    early_stop_patience: int | None = None
+    augment: bool = False
+    channel_sampling: bool = False
+    temperature_anneal: float | None = 1 / 3
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "auto"
+    channels_last: bool = True
+    checkpoint_minutes: float = 5.0
+    checkpoint_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_int(self, "epochs", 1)
+        _require_int(self, "batch_size", 1)
+        _require_int(self, "seed", 0)
+        _require_number(self, "learning_rate", 0.0, open_low=True)
+        _require_number(self, "weight_decay", 0.0)
+        _require_number(self, "warmup_epochs", 0.0)
+        _require_number(self, "label_smoothing", 0.0, below=1.0)
+        _require_number(self, "checkpoint_minutes", 0.0, open_low=True)
+        if self.gradient_clip is not None:
+            _require_number(self, "gradient_clip", 0.0, open_low=True)
+        if self.temperature_anneal is not None:
+            _require_number(self, "temperature_anneal", 0.0, open_low=True)
+        if self.early_stop_patience is not None:
+            _require_int(self, "early_stop_patience", 1)
+        if self.checkpoint_steps is not None:
+            _require_int(self, "checkpoint_steps", 1)
+        for name, allowed in (("device", DEVICES), ("precision", PRECISIONS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in allowed:
+                raise StudyError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+        for name in ("augment", "channel_sampling", "channels_last"):
+            if not isinstance(getattr(self, name), bool):
+                raise StudyError(f"{name}: got {getattr(self, name)!r}, expected true or false")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain JSON types."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`; a missing setting takes its default.
+
+        Raises:
+            StudyError: A name is unknown or a value is out of range.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise StudyError(f"{cls.__name__}: unknown settings {', '.join(unknown)}")
+        return cls(**values)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON so that a kill leaves either the old file or the new one, never half of one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        StudyError: The file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StudyError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise StudyError(f"{path}: not a JSON file ({error})") from None
+
+
+def _require_int(config: TrainConfig, name: str, low: int) -> None:
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise StudyError(f"{name}: got {value!r}, expected a whole number >= {low}")
+
+
+def _require_number(
+    config: TrainConfig, name: str, low: float, *, open_low: bool = False, below: float = math.inf
+) -> None:
+    value = getattr(config, name)
+    number = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+    if not number or value < low or (open_low and value == low) or value >= below:
+        upper = "" if below == math.inf else f" and < {below}"
+        raise StudyError(f"{name}: got {value!r}, expected a number {'>' if open_low else '>='} {low}{upper}")

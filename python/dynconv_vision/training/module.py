@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The LightningModule that both studies train their networks with."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from dynconv_vision.models import sample_channels
+
+from .config import StudyError, TrainConfig
+from .datamodule import Batch, mix_seed
+
+CHANNELS = ("R", "G", "B")
+
+
+class ClassificationModule(pl.LightningModule):
+    """Cross-entropy training of an image classifier.
+
+    Logs train_loss, train_acc, val_loss and val_acc, accuracies in percent; those of training are means over the epoch
+    while the weights change, over the channels that each step drew.
+
+    Args:
+        model: Network from images (B, 3, S, S) in [0, 1] to logits (B, num_classes). Modules of it that have
+            `update_temperature(epoch, epochs=...)` are told before each step how far training is.
+        config: Settings. With `channel_sampling`, the network is called as `model(images[:, chosen], channels=names)`.
+        num_classes: Number of classes.
+        image_size: Height and width of the images, in pixels.
+        card: Plain values that are saved in each checkpoint for whoever loads it.
+
+    Raises:
+        StudyError: `channel_sampling` is set and the network does not take named channels.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        num_classes: int,
+        image_size: int,
+        card: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.config, self.image_size, self.card = model, config, image_size, dict(card or {})
+        if config.channel_sampling and not accepts_channels(model):
+            raise StudyError(f"channel_sampling: got true, but {type(model).__name__} does not take named channels")
+        self._annealed = [module for module in model.modules() if hasattr(module, "update_temperature")]
+        metrics: dict[str, Metric] = {}
+        for stage in ("train", "val"):
+            metrics[f"{stage}_loss"] = mean_loss()
+            metrics[f"{stage}_acc"] = MulticlassAccuracy(num_classes, average="micro")
+        self.metrics = nn.ModuleDict(metrics)
+        self.loss = nn.CrossEntropyLoss(reduction="none", label_smoothing=config.label_smoothing)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)
+
+    def on_fit_start(self) -> None:
+        # A network may draw constants in its first call. They are drawn here, under the seed, so that a resumed
+        # training draws those of the first one.
+        torch.manual_seed(mix_seed(self.config.seed, 0))
+        with torch.no_grad():
+            self.model.eval()(torch.zeros(1, 3, self.image_size, self.image_size, device=self.device))
+        self.model.train()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        torch.manual_seed(batch.seed)
+        if self.config.temperature_anneal is not None:
+            epoch = self.current_epoch + batch_idx / self.trainer.num_training_batches
+            for module in self._annealed:
+                module.update_temperature(epoch, epochs=self.config.temperature_anneal * self.config.epochs)
+        if self.config.channel_sampling:
+            images, named = select_channels(self.model, batch.images, sample_channels(CHANNELS))
+        else:
+            images, named = batch.images, {}
+        logits = self.model(images, **named)
+        losses = self.loss(logits.float(), batch.labels)
+        loss = losses.mean()
+        self._count("train", losses.detach(), logits.detach(), batch.labels)
+        self.log("loss", loss, prog_bar=True, batch_size=len(batch.labels))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        if len(batch.labels) == 0:
+            return
+        torch.manual_seed(batch.seed)
+        logits = self.model(batch.images)
+        # Without smoothing, so that the figure compares across settings.
+        losses = nn.functional.cross_entropy(logits.float(), batch.labels, reduction="none")
+        self._count("val", losses, logits, batch.labels)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_and_reset("val")
+
+    def on_train_epoch_end(self) -> None:
+        self._log_and_reset("train")
+
+    def configure_optimizers(self) -> Any:
+        config = self.config
+        optimizer = torch.optim.Adam(
+            self.model.parameters(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+        if config.schedule == "constant" and config.warmup_epochs == 0:
+            return optimizer
+        total = int(self.trainer.estimated_stepping_batches)
+        warmup = round(config.warmup_epochs * total / config.epochs)
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            if config.schedule == "constant":
+                return 1.0
+            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        # Lightning clips no fused optimiser, since one may unscale gradients itself; there is no loss scale here.
+        if gradient_clip_val is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["dynconv_vision"] = self.card
+        if self.trainer.training:
+            # Sums of the running epoch, over all processes: a resumed epoch reports what a whole one would.
+            states = {}
+            for name in ("train_loss", "train_acc"):
+                metric = self.metrics[name]
+                with metric.sync_context(should_sync=self.trainer.world_size > 1):
+                    states[name] = {key: value.detach().cpu().clone() for key, value in metric.metric_state.items()}
+                    states[name]["updates"] = metric.update_count
+            checkpoint["running_metrics"] = states
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.global_rank != 0:
+            return
+        for name, state in checkpoint.get("running_metrics", {}).items():
+            metric = self.metrics[name]
+            metric._update_count = state.pop("updates")
+            for key, value in state.items():
+                setattr(metric, key, value.to(metric.device))
+
+    def _count(self, stage: str, losses: Tensor, logits: Tensor, labels: Tensor) -> None:
+        self.metrics[f"{stage}_loss"].update(losses)
+        self.metrics[f"{stage}_acc"].update(logits, labels)
+
+    def _log_and_reset(self, stage: str) -> None:
+        for name, scale, bar in ((f"{stage}_loss", 1.0, False), (f"{stage}_acc", 100.0, True)):
+            metric = self.metrics[name]
+            # float32 as torchmetrics sums it; every process holds the same synchronised value.
+            self.log(name, metric.compute() * scale, prog_bar=bar, rank_zero_only=False)
+            metric.reset()
+
+
+def mean_loss() -> MeanMetric:
+    """A mean over losses, one an image.
+
+    By default it would leave out NaN, and a diverged run would look sound. Its weights are of no use here: with
+    "disable", torchmetrics 1.9 sets them all to one.
+    """
+    return MeanMetric(nan_strategy="disable")
+
+
+def use_channels_last(model: nn.Module) -> None:
+    """Keep the convolution kernels of `model` in the channels-last memory format.
+
+    `nn.Module.to` would also try parameters with five dimensions (banks of kernels), and fail.
+    """
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
+def accepts_channels(model: nn.Module) -> bool:
+    """Whether the network can be called on one, two or three named channels, `model(x, channels=("R", "B"))`."""
+    return "channels" in inspect.signature(model.forward).parameters
+
+
+def select_channels(model: nn.Module, images: Tensor, channels: Sequence[str]) -> tuple[Tensor, dict[str, Any]]:
+    """Images and keyword arguments to call `model` with when it is to see only `channels`.
+
+    Args:
+        model: A network that takes named channels, or one that needs all three: that gets zeros for the missing ones.
+        images: (B, 3, S, S), red first.
+        channels: Names out of R, G, B.
+
+    Raises:
+        StudyError: A name is unknown or repeated, or there is none.
+    """
+    chosen = [CHANNELS.index(name) for name in channels if name in CHANNELS]
+    if not channels or len(chosen) != len(channels) or len(set(chosen)) != len(chosen):
+        raise StudyError(f"channels: got {tuple(channels)!r}, expected different names out of {', '.join(CHANNELS)}")
+    if accepts_channels(model):
+        return images[:, chosen], {"channels": tuple(channels)}
+    kept = torch.zeros(len(CHANNELS), device=images.device, dtype=images.dtype)
+    kept[chosen] = 1
+    return images * kept.view(1, -1, 1, 1), {}

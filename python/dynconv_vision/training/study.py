@@ -1,0 +1,398 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The frame of both studies: command line, data, training of several networks, test, results and report.
+
+A run's folder holds config.json (all settings), results.json, report.md with its figures, and for each network a folder
+with history.csv, best.ckpt, last.ckpt, result.json (written when the network is done) and logs/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import torchvision
+
+from dynconv_vision.data import load_dataset
+from dynconv_vision.models import count_flops, count_parameters, create_model
+from dynconv_vision.reporting import write_report
+
+from .callbacks import BEST, TrainingInterrupted
+from .checkpoints import ModelCard, load_network
+from .config import DEVICES, PRECISIONS, StudyError, TrainConfig, read_json, write_json
+from .datamodule import Dataset, Split
+from .hardware import describe_hardware, resolve_device, resolve_precision
+from .train import evaluate_model, train_model
+
+CHANNEL_SETS = ("R", "G", "B", "RG", "RB", "GB", "RGB")
+CONFIG, RESULT, RESULTS = "config.json", "result.json", "results.json"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A set of settings that one word asks for; explicit options override it.
+
+    Attributes:
+        models: Networks to train.
+        image_size: Height and width of the images, in pixels.
+        denoise, normalize: Preprocessing, see `dynconv_vision.data.load_dataset`.
+        limits: Greatest numbers of generated images by split.
+        train: Settings for `TrainConfig`.
+    """
+
+    models: tuple[str, ...]
+    image_size: int
+    denoise: bool = False
+    normalize: bool = False
+    limits: Mapping[str, int] | None = None
+    train: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Study:
+    """One of the source report's two tasks.
+
+    Attributes:
+        task: "task1" or "task2".
+        question: One line for `--help`.
+        networks: The networks to choose from, each with the training settings that are its own.
+        presets: By name; "demo" is the default and "smoke" is what `--smoke` takes.
+    """
+
+    task: str
+    question: str
+    networks: Mapping[str, Mapping[str, Any]]
+    presets: Mapping[str, Preset]
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """All settings of one run, saved as config.json; `limits` None means all images."""
+
+    task: str
+    preset: str
+    data: str
+    image_size: int
+    denoise: bool
+    normalize: bool
+    limits: dict[str, int] | None
+    skip_bad_images: bool
+    models: tuple[str, ...]
+    train: TrainConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain JSON types."""
+        return dataclasses.asdict(self) | {"models": list(self.models)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> StudyConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            StudyError: A setting is missing or unknown.
+        """
+        try:
+            train = TrainConfig.from_dict(values["train"])
+            return cls(**values | {"models": tuple(values["models"]), "train": train})
+        except (KeyError, TypeError) as error:
+            raise StudyError(f"{CONFIG}: a setting is missing or unknown: {error}") from None
+
+
+def main(study: Study, argv: Sequence[str] | None = None) -> int:
+    """Run a study from its command line.
+
+    Returns:
+        The exit code: 0, 2 after an error that the user can mend, 130 or 143 after Ctrl-C or SIGTERM.
+    """
+    options = _parser(study).parse_args(argv)
+    folder: Path | None = None
+    try:
+        folder, config = _open_run(study, options)
+        run_study(study, config, folder)
+    except (StudyError, TrainingInterrupted, KeyboardInterrupt) as stop:
+        if isinstance(stop, StudyError):
+            _say(f"error: {stop}")
+            return 2
+        number = stop.signal if isinstance(stop, TrainingInterrupted) else 2
+        if folder is not None:
+            _say(f"Stopped; resume with: python {sys.argv[0]} --output {folder} --resume")
+        return 128 + number
+    return 0
+
+
+def run_study(study: Study, config: StudyConfig, folder: Path) -> dict[str, Any]:
+    """Train and test the networks of a run that are not done yet, and write results and report.
+
+    Args:
+        study: The study.
+        config: Settings of the run.
+        folder: The run's folder, which exists.
+
+    Returns:
+        The contents of results.json.
+
+    Raises:
+        StudyError: Data or settings are wrong, or training diverged.
+        TrainingInterrupted: SIGINT or SIGTERM came; the state is saved.
+    """
+    device = resolve_device(config.train.device)
+    precision = resolve_precision(config.train.precision, device)
+    try:
+        with _one_at_a_time(folder):
+            dataset = load_dataset(
+                config.data,
+                image_size=config.image_size,
+                denoise=config.denoise,
+                normalize=config.normalize,
+                skip_bad_images=config.skip_bad_images,
+                limits=config.limits,
+                progress=_is_main_process(),
+            )
+    except (ValueError, OSError) as error:
+        raise StudyError(str(error)) from error
+    sizes = {name: len(getattr(dataset, name)) for name in ("train", "val", "test")}
+    _print(
+        f"{dataset.name}: {len(dataset.classes)} classes, {config.image_size}x{config.image_size} pixels, "
+        + ", ".join(f"{count} {name}" for name, count in sizes.items())
+    )
+    _print(f"{describe_hardware(device)}; {precision}; results in {folder}")
+
+    models: dict[str, Any] = {}
+    for name in config.models:
+        result = folder / name / RESULT
+        if not result.exists():
+            entry = _train_and_test(study, config, name, dataset, folder / name)
+            if _is_main_process():
+                write_json(result, entry)
+        if _is_main_process():
+            models[name] = read_json(result)
+    results = {
+        "task": config.task,
+        "dataset": dataset.name,
+        "image_size": config.image_size,
+        "seed": config.train.seed,
+        "epochs": config.train.epochs,
+        "models": models,
+        "images": sizes,
+        "num_classes": len(dataset.classes),
+        "device": device,
+        "hardware": describe_hardware(device),
+        "precision": precision,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "lightning": lightning.__version__,
+        },
+        "config": config.to_dict(),
+    }
+    if _is_main_process():
+        write_json(folder / RESULTS, results)
+        print(f"\n{write_report(folder)}\nReport, figures and results: {folder}")
+    return results
+
+
+def measure_checkpoint(checkpoint: Path, split: Split, **settings: Any) -> dict[str, Any]:
+    """Measure the network of a checkpoint, on each channel set if it belongs to Task I.
+
+    Args:
+        checkpoint: A best.ckpt or last.ckpt.
+        split: Images and labels.
+        **settings: Passed to `evaluate_model`.
+
+    Returns:
+        {"model", "images", "accuracy", "loss"}, accuracy in percent and on all channels, and for Task I "channels", the
+        accuracies by channel set.
+
+    Raises:
+        StudyError: The checkpoint or the labels do not fit.
+    """
+    model, card = load_network(checkpoint)
+    channels: dict[str, float] = {}
+    if card.task == "task1":
+        for name in CHANNEL_SETS:
+            # The last one is RGB, whose accuracy and loss are also those of the whole.
+            measured = evaluate_model(model, split, card.num_classes, channels=tuple(name), **settings)
+            channels[name] = _percent(measured["accuracy"])
+    else:
+        measured = evaluate_model(model, split, card.num_classes, **settings)
+    whole = {"accuracy": _percent(measured["accuracy"]), "loss": measured["loss"]}
+    return {"model": card.model, "images": len(split)} | whole | ({"channels": channels} if channels else {})
+
+
+def _train_and_test(study: Study, config: StudyConfig, name: str, dataset: Dataset, folder: Path) -> dict[str, Any]:
+    train = dataclasses.replace(config.train, **study.networks[name])
+    torch.manual_seed(train.seed)
+    try:
+        model = create_model(name, len(dataset.classes), config.image_size)
+    except ValueError as error:
+        raise StudyError(str(error)) from error
+    params = count_parameters(model)
+    flops = count_flops(model, (1, 3, config.image_size, config.image_size))
+    _print(f"\n{name}: {params:,} parameters, {flops / 1e9:.4f} GFLOPs an image")
+    card = ModelCard(config.task, name, {}, tuple(dataset.classes), config.image_size, config.denoise, config.normalize)
+    trained = train_model(model, dataset, train, folder, card=card.to_dict(), resume=True, progress=_is_main_process())
+    if not _is_main_process():
+        return {}
+    settings = {"device": train.device, "precision": train.precision, "channels_last": train.channels_last}
+    tested = measure_checkpoint(folder / BEST, dataset.test, seed=train.seed, **settings)
+    best = trained.best
+    entry = {
+        "params": params,
+        "flops": flops,
+        "train_acc": _percent(best.train_acc),
+        "val_acc": _percent(best.val_acc),
+        "test_acc": tested["accuracy"],
+        "train_loss": best.train_loss,
+        "val_loss": best.val_loss,
+        "test_loss": tested["loss"],
+        "seconds": round(trained.seconds, 3),
+        "best_epoch": best.epoch,
+        "epochs": len(trained.history),
+    }
+    if "channels" in tested:
+        entry["channels"] = tested["channels"]
+    _print(f"  test {tested['accuracy']:.2f} % with the weights of epoch {best.epoch}")
+    return entry
+
+
+def _parser(study: Study) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=study.question, allow_abbrev=False)
+    presets = [name for name in study.presets if name != "smoke"]
+    add = parser.add_argument
+    add("--data", metavar="PATH|cifar10|generated", help="images: a folder, cifar10 or cifar10:FOLDER, or generated")
+    add("--preset", choices=presets, help="demo: minutes on a CPU; paper: the source report's settings (default: demo)")
+    add("--smoke", action="store_true", help="a run of seconds that proves nothing but that everything works")
+    add("--image-size", type=int, metavar="PIXELS")
+    add("--denoise", action=argparse.BooleanOptionalAction, help="non-local means; slow the first time, then cached")
+    add("--normalize", action=argparse.BooleanOptionalAction, help="stretch each image to 0..255")
+    add("--epochs", type=int, metavar="N")
+    add("--batch-size", type=int, metavar="N")
+    add("--seed", type=int, metavar="N")
+    add("--models", nargs="+", metavar="NAME", help=f"out of {', '.join(study.networks)}")
+    add("--device", choices=DEVICES)
+    add("--precision", choices=PRECISIONS, help="auto: bf16 where the hardware has instructions for it, else float32")
+    add("--skip-bad-images", action="store_true", default=None, help="go on without images that cannot be used")
+    add("--output", type=Path, metavar="FOLDER", help=f"the run's folder (default: runs/{study.task}-<time>)")
+    add("--resume", action="store_true", help="continue the run in --output, or this study's latest under runs/")
+    return parser
+
+
+# Options by the name of the setting; the second tuple's are settings of TrainConfig.
+_STUDY_OPTIONS = ("data", "image_size", "denoise", "normalize", "skip_bad_images", "models")
+_TRAIN_OPTIONS = ("epochs", "batch_size", "seed", "device", "precision")
+
+
+def _open_run(study: Study, options: argparse.Namespace) -> tuple[Path, StudyConfig]:
+    """The run's folder and settings: new ones, or with --resume those that are there."""
+    if options.preset and options.smoke:
+        raise StudyError("--preset and --smoke: got both, expected at most one")
+    preset = "smoke" if options.smoke else options.preset
+    explicit = {name: getattr(options, name) for name in _STUDY_OPTIONS + _TRAIN_OPTIONS}
+    explicit = {name: value for name, value in explicit.items() if value is not None}
+    if "models" in explicit:
+        explicit["models"] = tuple(explicit["models"])
+        for name in explicit["models"]:
+            if name not in study.networks:
+                raise StudyError(f"--models: got {name!r}, expected names out of {', '.join(study.networks)}")
+        if len(set(explicit["models"])) != len(explicit["models"]):
+            raise StudyError(f"--models: got {' '.join(explicit['models'])}, expected each name once")
+    if explicit.get("image_size", 1) < 1:
+        raise StudyError(f"--image-size: got {explicit['image_size']}, expected a whole number >= 1")
+
+    if options.resume:
+        folder = options.output or _latest_run(study)
+        return folder, _resumed(study, folder, preset, explicit)
+    config = _configured(study, preset or "demo", explicit)
+    if options.output is None and "WORLD_SIZE" in os.environ:
+        raise StudyError("--output: needed with more than one process, so that all use the same folder")
+    folder = options.output or Path("runs") / f"{study.task}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if _is_main_process():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise StudyError(f"--output: {folder} exists and is not empty; continue it with --resume, or take another")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / CONFIG, config.to_dict())
+    return folder, config
+
+
+def _configured(study: Study, name: str, explicit: dict[str, Any]) -> StudyConfig:
+    preset = study.presets[name]
+    train = dict(preset.train) | {key: explicit[key] for key in _TRAIN_OPTIONS if key in explicit}
+    data = explicit.get("data", "generated")
+    # A folder's name must not depend on where a resumed run is started from.
+    if data != "generated" and data.partition(":")[0] != "cifar10":
+        data = str(Path(data).resolve())
+    limits = dict(preset.limits) if preset.limits and (data == "generated" or name == "smoke") else None
+    settings = {
+        "data": data,
+        "image_size": preset.image_size,
+        "denoise": preset.denoise,
+        "normalize": preset.normalize,
+        "skip_bad_images": False,
+        "models": preset.models,
+    } | {key: explicit[key] for key in _STUDY_OPTIONS if key in explicit and key != "data"}
+    return StudyConfig(task=study.task, preset=name, limits=limits, train=TrainConfig.from_dict(train), **settings)
+
+
+def _resumed(study: Study, folder: Path, preset: str | None, explicit: dict[str, Any]) -> StudyConfig:
+    """The settings of the run in `folder`; options given again must agree with them, but for the device."""
+    config = StudyConfig.from_dict(read_json(folder / CONFIG))
+    if config.task != study.task:
+        raise StudyError(f"--resume: {folder} is a run of {config.task}, expected {study.task}")
+    wanted = _configured(study, preset or config.preset, explicit)
+    for name in explicit | ({"preset": preset} if preset else {}):
+        there, here = (getattr(each.train if name in _TRAIN_OPTIONS else each, name) for each in (config, wanted))
+        if name != "device" and there != here:
+            raise StudyError(f"--resume: {name} is {there!r} in {folder}, got {here!r}; start a new run to change it")
+    device = explicit.get("device", config.train.device)
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, device=device))
+
+
+def _latest_run(study: Study) -> Path:
+    runs = [path.parent for path in Path("runs").glob(f"{study.task}-*/{CONFIG}")]
+    if not runs:
+        raise StudyError(f"--resume: no run of {study.task} under runs/; name its folder with --output")
+    return max(runs, key=lambda folder: (folder / CONFIG).stat().st_mtime)
+
+
+def _percent(value: float) -> float:
+    # float32 counters end in digits that mean nothing: 84 of 450 is 18.6667.
+    return round(value, 4)
+
+
+def _is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _print(line: str) -> None:
+    if _is_main_process():
+        print(line, flush=True)
+
+
+def _say(line: str) -> None:
+    if _is_main_process():
+        print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let the processes of a run prepare the data one after the other: the first fills the cache."""
+    if "WORLD_SIZE" not in os.environ:
+        yield
+        return
+    import fcntl  # not on Windows, where torchrun's backends are not either
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".data.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,597 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Training: settings, batches, exact resume, stopping, evaluation, checkpoints."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from dynconv_vision.training import (
+    ClassificationModule,
+    EvaluationLoader,
+    ImageDataModule,
+    ModelCard,
+    StudyError,
+    TrainConfig,
+    TrainingInterrupted,
+    TrainLoader,
+    epoch_order,
+    evaluate_model,
+    load_network,
+    prepare_images,
+    read_checkpoint,
+    resolve_device,
+    resolve_precision,
+    select_channels,
+    train_model,
+)
+from dynconv_vision.training.datamodule import Batch
+from torch import nn
+
+CLASSES = ("dark", "dim", "bright", "white")
+
+
+@dataclass
+class ArraySplit:
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass
+class ArrayDataset:
+    classes: tuple[str, ...]
+    image_size: int
+    train: ArraySplit
+    val: ArraySplit
+    test: ArraySplit
+
+
+def brightness_split(count: int, seed: int = 0) -> ArraySplit:
+    """Noisy grey images whose class is their brightness."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, len(CLASSES), count)
+    images = generator.integers(0, 40, (count, 3, 8, 8)) + 55 * labels[:, None, None, None]
+    return ArraySplit(images.astype(np.uint8), labels.astype(np.int64))
+
+
+@pytest.fixture(scope="module")
+def dataset() -> ArrayDataset:
+    return ArrayDataset(CLASSES, 8, brightness_split(70, 1), brightness_split(30, 2), brightness_split(30, 3))
+
+
+def network(*first: nn.Module) -> nn.Module:
+    """Batch norm, dropout and a convolution behind the modules given; always the same weights at the start."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, len(CLASSES)),
+    )
+    return nn.Sequential(*first, layers)
+
+
+class AtCall(nn.Module):
+    """Passes images on, and does something at its n-th call in a training step."""
+
+    def __init__(self, call: int, action) -> None:
+        super().__init__()
+        self.call, self.action, self.calls = call, action, 0
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.calls += self.training
+        if self.training and self.calls == self.call:
+            self.action()
+        return images
+
+
+class Seen(nn.Module):
+    """Passes images on and remembers their sums."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums: list[float] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.sums.append(float(images.double().sum()))
+        return images
+
+
+class Died(Exception):
+    pass
+
+
+def die() -> None:
+    raise Died
+
+
+# All that a break could upset: a schedule with warm-up, augmentation, dropout, batch norm, early stopping's counter.
+CONFIG = TrainConfig(
+    epochs=3,
+    batch_size=8,
+    learning_rate=0.01,
+    weight_decay=1e-4,
+    gradient_clip=1.0,
+    schedule="cosine",
+    warmup_epochs=0.5,
+    augment=True,
+    early_stop_patience=5,
+    device="cpu",
+    precision="float32",
+    checkpoint_steps=2,
+)
+STEPS_AN_EPOCH = 9
+
+
+def final_state(folder: Path) -> tuple[dict[str, torch.Tensor], list[list[str]]]:
+    """Weights and Adam's state of last.ckpt, and the history without its seconds."""
+    checkpoint = read_checkpoint(folder / "last.ckpt")
+    state = dict(checkpoint["state_dict"])
+    for index, moments in checkpoint["optimizer_states"][0]["state"].items():
+        state |= {f"{index}.{name}": value for name, value in moments.items()}
+    with (folder / "history.csv").open() as file:
+        return state, [row[:-1] for row in csv.reader(file)]
+
+
+def assert_same(left: Path, right: Path) -> None:
+    (weights, history), (others, other_history) = final_state(left), final_state(right)
+    assert history == other_history
+    assert weights.keys() == others.keys()
+    for name, value in weights.items():
+        assert torch.equal(value, others[name]), name
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(dataset: ArrayDataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+    folder = tmp_path_factory.mktemp("whole")
+    seen = Seen()
+    train_model(network(seen), dataset, CONFIG, folder, progress=False)
+    return folder, seen.sums
+
+
+class TestConfig:
+    def test_round_trip(self) -> None:
+        assert TrainConfig.from_dict(CONFIG.to_dict()) == CONFIG
+
+    def test_frozen(self) -> None:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            CONFIG.epochs = 5  # type: ignore[misc]
+
+    @pytest.mark.parametrize(
+        ("name", "value", "text"),
+        [
+            ("epochs", 0, "epochs: got 0, expected a whole number >= 1"),
+            ("batch_size", 2.5, "batch_size: got 2.5, expected a whole number >= 1"),
+            ("learning_rate", 0.0, "learning_rate: got 0.0, expected a number > 0.0"),
+            ("learning_rate", float("nan"), "learning_rate: got nan"),
+            ("label_smoothing", 1.0, "label_smoothing: got 1.0, expected a number >= 0.0 and < 1.0"),
+            ("gradient_clip", -1.0, "gradient_clip: got -1.0, expected a number > 0.0"),
+            ("schedule", "linear", "schedule: got 'linear', expected one of constant, cosine"),
+            ("device", "gpu", "device: got 'gpu', expected one of auto, cpu, cuda, mps"),
+            ("precision", "fp8", "precision: got 'fp8', expected one of auto, float32, bf16"),
+            ("augment", 1, "augment: got 1, expected true or false"),
+        ],
+    )
+    def test_errors(self, name: str, value: object, text: str) -> None:
+        with pytest.raises(StudyError) as error:
+            TrainConfig(**{name: value})
+        assert text in str(error.value)
+
+    def test_unknown_setting(self) -> None:
+        with pytest.raises(StudyError, match="unknown settings lr"):
+            TrainConfig.from_dict({"lr": 1e-3})
+
+
+class TestHardware:
+    def test_cuda_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(StudyError, match="device: got 'cuda', but"):
+            resolve_device("cuda")
+
+    def test_auto_takes_the_cpu_at_last(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+        assert resolve_device("auto") == "cpu"
+
+    def test_precision(self) -> None:
+        assert resolve_precision("float32", "cpu") == "float32"
+        assert resolve_precision("bf16", "cpu") == "bf16"
+        assert resolve_precision("auto", "mps") == "float32"
+        assert resolve_precision("auto", "cpu") in ("float32", "bf16")
+
+    @pytest.mark.parametrize(("precision", "expected"), [("float32", False), ("bf16", True)])
+    def test_precision_reaches_the_network(
+        self, dataset: ArrayDataset, tmp_path: Path, precision: str, expected: bool
+    ) -> None:
+        autocast: set[bool] = set()
+        config = TrainConfig(epochs=1, batch_size=35, device="cpu", precision=precision)
+        model = network(AtCall(2, lambda: autocast.add(torch.is_autocast_enabled("cpu"))))
+        train_model(model, dataset, config, tmp_path, progress=False)
+        assert autocast == {expected}
+
+
+class TestBatches:
+    def test_order_depends_on_seed_and_epoch_only(self) -> None:
+        np.random.seed(1)
+        first = epoch_order(50, seed=3, epoch=2)
+        np.random.seed(2)
+        assert (epoch_order(50, seed=3, epoch=2) == first).all()
+        assert sorted(first) == list(range(50))
+        assert (epoch_order(50, seed=3, epoch=1) != first).any()
+        assert (epoch_order(50, seed=4, epoch=2) != first).any()
+
+    def test_every_image_once(self, dataset: ArrayDataset) -> None:
+        batches = list(TrainLoader(dataset.train, 8, seed=0))
+        assert [len(batch.labels) for batch in batches] == [8] * 8 + [6]
+        sums = torch.cat([batch.images for batch in batches]).long().sum((1, 2, 3))
+        assert sorted(sums.tolist()) == sorted(dataset.train.images.astype(np.int64).sum((1, 2, 3)).tolist())
+
+    def test_labels_stay_with_their_images(self, dataset: ArrayDataset) -> None:
+        for batch in TrainLoader(dataset.train, 8, seed=0):
+            assert ((batch.images.float().mean((1, 2, 3)) / 55).long() == batch.labels).all()
+
+    def test_starts_in_the_middle(self, dataset: ArrayDataset) -> None:
+        whole = list(TrainLoader(dataset.train, 8, 0, lambda: (4, 0)))
+        rest = list(TrainLoader(dataset.train, 8, 0, lambda: (4, 6)))
+        assert len(rest) == 3
+        for left, right in zip(whole[6:], rest, strict=True):
+            assert torch.equal(left.images, right.images) and left.seed == right.seed
+
+    def test_seeds_differ(self, dataset: ArrayDataset) -> None:
+        seeds = [
+            batch.seed
+            for epoch in range(3)
+            for rank in range(2)
+            for batch in TrainLoader(dataset.train, 8, 0, lambda epoch=epoch: (epoch, 0), rank, 2)
+        ]
+        assert len(set(seeds)) == len(seeds) == 30
+
+    def test_single_image_at_the_end_is_left_out(self) -> None:
+        assert [len(batch.labels) for batch in TrainLoader(brightness_split(17), 8, 0)] == [8, 8]
+
+    def test_too_few_images(self) -> None:
+        with pytest.raises(StudyError, match="training images: got 1, expected at least 2"):
+            TrainLoader(brightness_split(1), 8, 0)
+
+    def test_processes_share_an_epoch(self, dataset: ArrayDataset) -> None:
+        loaders = [TrainLoader(dataset.train, 8, 0, rank=rank, world_size=3) for rank in range(3)]
+        parts = [torch.cat([batch.images for batch in loader]) for loader in loaders]
+        assert [len(part) for part in parts] == [24, 24, 24]
+        distinct = {image.numpy().tobytes() for part in parts for image in part}
+        assert len(distinct) == 70
+
+    @pytest.mark.parametrize("world_size", [1, 2, 4])
+    def test_evaluation_counts_each_image_once(self, dataset: ArrayDataset, world_size: int) -> None:
+        loaders = [EvaluationLoader(dataset.val, 7, rank=rank, world_size=world_size) for rank in range(world_size)]
+        assert len({len(list(loader)) for loader in loaders}) == 1
+        images = [image.numpy().tobytes() for loader in loaders for batch in loader for image in batch.images]
+        assert sorted(images) == sorted(image.tobytes() for image in dataset.val.images)
+
+    def test_read_only_memory_map(self, tmp_path: Path) -> None:
+        split = brightness_split(9)
+        np.save(tmp_path / "images.npy", split.images)
+        mapped = ArraySplit(np.load(tmp_path / "images.npy", mmap_mode="r"), split.labels)
+        batch = next(iter(EvaluationLoader(mapped, 4)))
+        batch.images.zero_()
+        assert (np.load(tmp_path / "images.npy") == split.images).all()
+
+    def test_prepare_images(self) -> None:
+        images = torch.arange(256, dtype=torch.uint8)[:192].view(1, 3, 8, 8)
+        prepared = prepare_images(images)
+        assert prepared.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(prepared, images / 255)
+
+    def test_augmentation_draws_for_each_image(self, dataset: ArrayDataset) -> None:
+        module = ImageDataModule(dataset, dataclasses.replace(CONFIG, augment=True))
+        module.trainer = type("Trainer", (), {"training": True})()
+        images = torch.from_numpy(dataset.train.images[:1]).repeat(16, 1, 1, 1)
+        first = module.on_after_batch_transfer(Batch(images, torch.zeros(16), 5), 0).images
+        again = module.on_after_batch_transfer(Batch(images, torch.zeros(16), 5), 0).images
+        other = module.on_after_batch_transfer(Batch(images, torch.zeros(16), 6), 0).images
+        assert len({image.numpy().tobytes() for image in first}) > 4
+        assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+class TestTraining:
+    def test_learns(self, dataset: ArrayDataset, tmp_path: Path) -> None:
+        config = dataclasses.replace(CONFIG, epochs=12, augment=False, learning_rate=0.05)
+        model = network()
+        result = train_model(model, dataset, config, tmp_path, progress=False)
+        assert result.best.val_acc > 80
+        assert result.history[-1].train_loss < 0.6 * result.history[0].train_loss
+        # The model comes back with the best weights.
+        measured = evaluate_model(model, dataset.val, 4, device="cpu", precision="float32")
+        assert measured["accuracy"] == pytest.approx(result.best.val_acc, abs=1e-4)
+        assert measured["loss"] == pytest.approx(result.best.val_loss, rel=1e-4)
+
+    def test_files(self, uninterrupted: tuple[Path, list[float]]) -> None:
+        folder, _ = uninterrupted
+        rows = list(csv.DictReader((folder / "history.csv").open()))
+        assert list(rows[0]) == ["epoch", "train_loss", "train_acc", "val_loss", "val_acc", "seconds"]
+        assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+        assert (folder / "best.ckpt").stat().st_size < (folder / "last.ckpt").stat().st_size
+        assert list(folder.glob("logs/tensorboard/events.*")) and list(folder.glob("logs/csv/*/metrics.csv"))
+
+    def test_history_is_right(self, dataset: ArrayDataset, tmp_path: Path) -> None:
+        """With steps that change nothing, training and evaluation must agree."""
+        model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+        config = TrainConfig(epochs=1, batch_size=8, learning_rate=1e-30, device="cpu", precision="float32")
+        result = train_model(model, dataset, config, tmp_path, progress=False)
+        measured = evaluate_model(model, dataset.train, 4, device="cpu", precision="float32")
+        assert result.history[0].train_acc == pytest.approx(measured["accuracy"], abs=1e-4)
+        assert result.history[0].train_loss == pytest.approx(measured["loss"], rel=1e-5)
+
+    def test_early_stopping(self, dataset: ArrayDataset, tmp_path: Path) -> None:
+        config = TrainConfig(
+            epochs=9, batch_size=35, learning_rate=1e-30, early_stop_patience=2, device="cpu", precision="float32"
+        )
+        model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+        result = train_model(model, dataset, config, tmp_path, progress=False)
+        assert len(result.history) == 3 and result.best.epoch == 1
+        again = train_model(model, dataset, config, tmp_path, resume=True, progress=False)
+        assert again == result
+
+    def test_schedule(self, dataset: ArrayDataset, tmp_path: Path) -> None:
+        rates: list[float] = []
+
+        class Spy(ClassificationModule):
+            def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+                rates.append(optimizer.param_groups[0]["lr"])
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("dynconv_vision.training.train.ClassificationModule", Spy)
+            train_model(network(), dataset, CONFIG, tmp_path, progress=False)
+        warmup, total = round(0.5 * STEPS_AN_EPOCH), 3 * STEPS_AN_EPOCH
+        expected = [0.01 * (step + 1) / warmup for step in range(warmup)]
+        angles = np.pi * np.arange(total - warmup) / (total - warmup)
+        np.testing.assert_allclose(rates, expected + (0.005 * (1 + np.cos(angles))).tolist())
+
+    def test_gradient_clipping(self, dataset: ArrayDataset, tmp_path: Path) -> None:
+        """Adam forgets the gradient's scale, but for its epsilon: far below it, nothing moves."""
+        moved = []
+        for clip in (None, 1e-14):
+            model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+            before = model[1].weight.detach().clone()
+            config = TrainConfig(epochs=1, batch_size=8, gradient_clip=clip, device="cpu", precision="float32")
+            train_model(model, dataset, config, tmp_path / str(clip), progress=False)
+            moved.append(float((model[1].weight.detach() - before).abs().max()))
+        assert moved[0] > 1e-3 and moved[1] < 1e-6
+
+    def test_temperature_follows_the_epochs(self, dataset: ArrayDataset, tmp_path: Path) -> None:
+        told: list[tuple[float, float]] = []
+
+        class Annealed(nn.Identity):
+            def update_temperature(self, epoch: float, *, epochs: float) -> None:
+                told.append((epoch, epochs))
+
+        config = TrainConfig(epochs=2, batch_size=35, device="cpu", precision="float32", temperature_anneal=0.25)
+        train_model(network(Annealed()), dataset, config, tmp_path, progress=False)
+        assert told == [(0.0, 0.5), (0.5, 0.5), (1.0, 0.5), (1.5, 0.5)]
+
+    def test_divergence_is_an_error(self, dataset: ArrayDataset, tmp_path: Path) -> None:
+        class Bad(nn.Module):
+            def forward(self, images: torch.Tensor) -> torch.Tensor:
+                return images * float("nan")
+
+        config = TrainConfig(epochs=1, batch_size=35, device="cpu", precision="float32")
+        with pytest.raises(StudyError, match="epoch 1: train_loss is nan: training diverged"):
+            train_model(network(Bad()), dataset, config, tmp_path, progress=False)
+
+    def test_folder_of_another_training(self, dataset: ArrayDataset, uninterrupted: tuple[Path, list[float]]) -> None:
+        folder, _ = uninterrupted
+        with pytest.raises(StudyError, match="resume that training, or choose another folder"):
+            train_model(network(), dataset, CONFIG, folder, progress=False)
+        with pytest.raises(StudyError, match="holds another training"):
+            train_model(network(), dataset, CONFIG, folder, card={"model": "other"}, resume=True, progress=False)
+
+
+class TestResume:
+    # With last.ckpt every two steps of nine: before the first, at odd and even steps, the last of an epoch, the first
+    # of the next, the last of all.
+    @pytest.mark.parametrize("step", [1, 3, 5, 8, 9, 10, 27])
+    def test_ends_with_the_same_weights(
+        self, dataset: ArrayDataset, tmp_path: Path, uninterrupted: tuple[Path, list[float]], step: int
+    ) -> None:
+        whole, sums = uninterrupted
+        with pytest.raises(Died):
+            train_model(network(AtCall(step, die)), dataset, CONFIG, tmp_path, progress=False)
+        torch.manual_seed(12345)
+        seen = Seen()
+        train_model(network(seen), dataset, CONFIG, tmp_path, resume=True, progress=False)
+        assert_same(whole, tmp_path)
+        if step > 2:
+            # The first sum is that of the zeros that go through a network before it is trained.
+            assert len(seen.sums) < len(sums)
+            assert seen.sums[1:] == sums[len(sums) - len(seen.sums) + 1 :]
+
+    def test_after_sigkill(
+        self, dataset: ArrayDataset, tmp_path: Path, uninterrupted: tuple[Path, list[float]]
+    ) -> None:
+        done = subprocess.run(
+            [sys.executable, __file__, str(tmp_path), str(torch.get_num_threads())],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 14
+        assert len(list(csv.reader((tmp_path / "history.csv").open()))) == 2
+        train_model(network(nn.Identity()), dataset, CONFIG, tmp_path, resume=True, progress=False)
+        assert_same(uninterrupted[0], tmp_path)
+
+    @pytest.mark.parametrize("step", [4, 9])
+    def test_after_ctrl_c(
+        self, dataset: ArrayDataset, tmp_path: Path, uninterrupted: tuple[Path, list[float]], step: int
+    ) -> None:
+        """The state is saved at the step itself, or after the validation that follows an epoch's last step."""
+        handler = signal.getsignal(signal.SIGINT)
+        config = dataclasses.replace(CONFIG, checkpoint_steps=None)
+        with pytest.raises(TrainingInterrupted) as stop:
+            press = AtCall(step, lambda: os.kill(os.getpid(), signal.SIGINT))
+            train_model(network(press), dataset, config, tmp_path, progress=False)
+        assert stop.value.signal == signal.SIGINT
+        assert signal.getsignal(signal.SIGINT) == handler
+        assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == step
+        train_model(network(nn.Identity()), dataset, config, tmp_path, resume=True, progress=False)
+        assert_same(uninterrupted[0], tmp_path)
+
+    def test_finished_training_is_read_back(self, dataset: ArrayDataset, tmp_path: Path) -> None:
+        config = dataclasses.replace(CONFIG, epochs=1)
+        first = train_model(network(), dataset, config, tmp_path, progress=False)
+        before = (tmp_path / "last.ckpt").read_bytes()
+        assert train_model(network(), dataset, config, tmp_path, resume=True, progress=False) == first
+        assert (tmp_path / "last.ckpt").read_bytes() == before
+
+    def test_damaged_checkpoint(self, dataset: ArrayDataset, tmp_path: Path) -> None:
+        (tmp_path / "last.ckpt").write_bytes(b"PK\x03\x04 half a file")
+        with pytest.raises(StudyError, match=r"last\.ckpt cannot be read: damaged, or no torch checkpoint"):
+            train_model(network(), dataset, CONFIG, tmp_path, resume=True, progress=False)
+
+    def test_constants_drawn_in_the_first_call(self, dataset: ArrayDataset, tmp_path: Path) -> None:
+        """A network that draws an unregistered tensor when first called gets the same one after a break."""
+
+        class Lazy(nn.Module):
+            factor: torch.Tensor | None = None
+
+            def forward(self, images: torch.Tensor) -> torch.Tensor:
+                if self.factor is None:
+                    self.factor = torch.rand(3, 1, 1)
+                return images * self.factor
+
+        train_model(network(Lazy()), dataset, CONFIG, tmp_path / "whole", progress=False)
+        with pytest.raises(Died):
+            train_model(network(AtCall(13, die), Lazy()), dataset, CONFIG, tmp_path / "broken", progress=False)
+        model = network(nn.Identity(), Lazy())
+        train_model(model, dataset, CONFIG, tmp_path / "broken", resume=True, progress=False)
+        assert_losses_equal(tmp_path / "whole", tmp_path / "broken")
+
+
+def assert_losses_equal(left: Path, right: Path) -> None:
+    assert final_state(left)[1] == final_state(right)[1]
+
+
+class Variable(nn.Module):
+    """Takes named channels and remembers them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(1, 4)
+        self.seen: list[tuple[bool, int, tuple[str, ...] | None]] = []
+
+    def forward(self, images: torch.Tensor, channels: tuple[str, ...] | None = None) -> torch.Tensor:
+        self.seen.append((self.training, images.shape[1], channels))
+        return self.fc(images.mean((1, 2, 3))[:, None])
+
+
+class TestChannels:
+    def test_sampled_in_training_only(self, dataset: ArrayDataset, tmp_path: Path) -> None:
+        model = Variable()
+        config = TrainConfig(epochs=4, batch_size=8, channel_sampling=True, device="cpu", precision="float32")
+        train_model(model, dataset, config, tmp_path, progress=False)
+        drawn = [(count, channels) for training, count, channels in model.seen if training]
+        assert len(drawn) == 36
+        assert all(channels and len(channels) == count for count, channels in drawn)
+        assert len({channels for _, channels in drawn}) == 7
+        assert {channels for training, _, channels in model.seen if not training} == {None}
+
+    def test_sampling_needs_named_channels(self, dataset: ArrayDataset) -> None:
+        with pytest.raises(StudyError, match="does not take named channels"):
+            ClassificationModule(network(), dataclasses.replace(CONFIG, channel_sampling=True), 4, 8)
+
+    def test_missing_channels(self) -> None:
+        images = torch.rand(2, 3, 4, 4)
+        left, named = select_channels(Variable(), images, ("R", "B"))
+        assert torch.equal(left, images[:, [0, 2]]) and named == {"channels": ("R", "B")}
+        filled, named = select_channels(nn.Identity(), images, ("R", "B"))
+        assert torch.equal(filled[:, [0, 2]], images[:, [0, 2]]) and named == {}
+        assert not filled[:, 1].any()
+
+    @pytest.mark.parametrize("channels", [(), ("R", "R"), ("X",)])
+    def test_wrong_channels(self, channels: tuple[str, ...]) -> None:
+        with pytest.raises(StudyError, match="channels: got"):
+            select_channels(nn.Identity(), torch.rand(1, 3, 2, 2), channels)
+
+    def test_first_channel_is_red(self) -> None:
+        red = np.zeros((4, 3, 2, 2), np.uint8)
+        red[:, 0] = 255
+
+        class Brightest(nn.Module):
+            def forward(self, images: torch.Tensor) -> torch.Tensor:
+                return images.mean((2, 3))
+
+        split = ArraySplit(red, np.zeros(4, np.int64))
+        measure = {c: evaluate_model(Brightest(), split, 3, channels=(c,), device="cpu")["loss"] for c in "RGB"}
+        assert measure["R"] < measure["G"] == measure["B"]
+
+
+class TestEvaluate:
+    def test_counts(self) -> None:
+        """A network that is right about three of five images, over batches of two."""
+
+        class Reads(nn.Module):
+            def forward(self, images: torch.Tensor) -> torch.Tensor:
+                return nn.functional.one_hot((images[:, 0, 0, 0] * 255).round().long(), 4).float() * 50
+
+        images = np.zeros((5, 3, 2, 2), np.uint8)
+        images[:, 0, 0, 0] = [0, 1, 2, 3, 0]
+        split = ArraySplit(images, np.array([0, 1, 2, 0, 3]))
+        for _ in range(2):
+            measured = evaluate_model(Reads(), split, 4, batch_size=2, device="cpu", precision="float32")
+            assert measured["accuracy"] == pytest.approx(60)
+            assert measured["loss"] == pytest.approx(20)
+
+    def test_label_out_of_range(self) -> None:
+        with pytest.raises(StudyError, match=r"labels: got 0\.\.3, expected 0\.\.1, since the network has 2 classes"):
+            evaluate_model(network(), brightness_split(30), 2, device="cpu")
+
+    def test_empty(self) -> None:
+        with pytest.raises(StudyError, match="images: got none"):
+            evaluate_model(network(), brightness_split(0), 4, device="cpu")
+
+
+class TestCheckpoints:
+    def test_card_round_trip(self) -> None:
+        card = ModelCard("task2", "resnet34", {}, ("a", "b"), 32, True, False)
+        assert ModelCard.from_dict(card.to_dict()) == card
+
+    def test_missing_file(self, tmp_path: Path) -> None:
+        with pytest.raises(StudyError, match="is not a file"):
+            read_checkpoint(tmp_path / "none.ckpt")
+
+    def test_foreign_file(self, tmp_path: Path) -> None:
+        torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+        with pytest.raises(StudyError, match="was not written by a study of this project"):
+            load_network(tmp_path / "other.ckpt")
+
+    def test_code_in_a_file_is_not_run(self, tmp_path: Path) -> None:
+        class Evil:
+            def __reduce__(self) -> tuple:
+                return os.mkdir, (str(tmp_path / "executed"),)
+
+        torch.save({"state_dict": {}, "dynconv_vision": Evil()}, tmp_path / "evil.ckpt")
+        with pytest.raises(StudyError, match="cannot be read"):
+            load_network(tmp_path / "evil.ckpt")
+        assert not (tmp_path / "executed").exists()
+
+
+# Run as a script by test_after_sigkill: kills itself in the sixteenth training step.
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[2]))
+    data = ArrayDataset(CLASSES, 8, brightness_split(70, 1), brightness_split(30, 2), brightness_split(30, 3))
+    kill = AtCall(16, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    train_model(network(kill), data, CONFIG, Path(sys.argv[1]), progress=False)
