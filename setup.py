@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Builds dynconv_ext._C (schemas, CPU kernels, pybind11 module) and, where nvcc and CUDA torch are found, dynconv_ext._cuda.
+"""Builds dynconv_ext._C (schemas, CPU kernels, pybind11 module).
+
+The CUDA library, dynconv_ext._cuda, joins it where csrc holds CUDA kernels, nvcc is found and torch has CUDA.
 
 Environment: DYNCONV_CUDA=auto|1|0, TORCH_CUDA_ARCH_LIST, MAX_JOBS, DEBUG=1.
 """

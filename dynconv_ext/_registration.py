@@ -34,6 +34,16 @@ def check_tensor(name: str, value: Any, optional: bool = False) -> None:
         raise TypeError(f"{name}: got {type(value).__name__}, expected a Tensor{' or None' if optional else ''}")
 
 
+def check_same_device(input: Tensor, **others: Tensor | None) -> None:
+    """Raises RuntimeError unless every tensor is on input's device.
+
+    The kernels check this themselves; fake kernels must, since a call with one meta tensor comes to them.
+    """
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != input.device:
+            raise RuntimeError(f"{name}: got a tensor on {tensor.device}, expected the device of input, {input.device}")
+
+
 def is_channels_last(tensor: Tensor) -> bool:
     """The library's rule for the layout of an output; the C++ side has the same."""
     return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
@@ -85,7 +95,9 @@ def double_backward(
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # A tensor that has a graph keeps it, for gradients of a still higher order.
-        leaves = [None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in inputs]
+        leaves = [
+            None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in inputs
+        ]
         seed = grad_out.view_as(grad_out) if grad_out.requires_grad else grad_out.detach().requires_grad_()
         chosen = [i for i, g in enumerate(grads) if g is not None and leaves[i] is not None]
         if not chosen:

@@ -11,13 +11,21 @@ from torch import Tensor, nn
 from torch.nn import init
 
 from dynconv_ext import _extension
-from dynconv_ext._registration import check_tensor, double_backward, empty_like_layout, pair, register_autocast
+from dynconv_ext._registration import (
+    check_same_device,
+    check_tensor,
+    double_backward,
+    empty_like_layout,
+    pair,
+    register_autocast,
+)
 from dynconv_ext.reference.deform_conv2d import deform_conv2d as reference_deform_conv2d
 
 # ------------------------------------------------------------------------------------------------------ fake kernels
 
 
 def _fake(input, offset, weight, bias, stride, padding, dilation, mask):
+    check_same_device(input, offset=offset, weight=weight, bias=bias, mask=mask)
     sizes = [
         (input.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
         for i in (0, 1)
@@ -34,7 +42,9 @@ def _fake_backward(grad_out, input, offset, weight, stride, padding, dilation, m
         empty(output_mask[1], offset, offset.shape),
         empty(output_mask[2], weight, weight.shape),
         empty(output_mask[3], weight, weight.shape[:1]),
-        empty(output_mask[4] and mask is not None, offset if mask is None else mask, () if mask is None else mask.shape),
+        empty(
+            output_mask[4] and mask is not None, offset if mask is None else mask, () if mask is None else mask.shape
+        ),
     )
 
 
@@ -276,9 +286,7 @@ class DeformConv2d(nn.Module):
 
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
         """input (N, C, H, W), offset (N, 2*D*kH*kW, Ho, Wo), mask (N, D*kH*kW, Ho, Wo) -> (N, O, Ho, Wo)."""
-        return deform_conv2d(
-            input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask=mask
-        )
+        return deform_conv2d(input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask=mask)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
@@ -361,9 +369,7 @@ class DeformableConv2d(nn.Module):
         """input (N, C, H, W) -> (N, O, Ho, Wo)."""
         offset, mask = self.predict(input)
         conv = self.regular_conv
-        return deform_conv2d(
-            input, offset, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, mask=mask
-        )
+        return deform_conv2d(input, offset, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, mask=mask)
 
     def extra_repr(self) -> str:
         return f"offset_groups={self.offset_groups}"

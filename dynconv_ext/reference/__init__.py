@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Readable pure-PyTorch forms of the operators: any device, any floating dtype, twice differentiable, no extension needed."""
+"""Readable pure-PyTorch forms of the operators: any device, twice differentiable, no extension needed."""
 
 from dynconv_ext.reference.deform_conv2d import deform_conv2d
 

@@ -74,7 +74,10 @@ def deform_conv2d(
     x = column + tap_column[:, None, None] + shift[:, :, :, 1]
 
     images = input.to(compute).reshape(batch * offset_groups, channels // offset_groups, height, width)
-    samples = bilinear_sample(images, y.reshape(batch * offset_groups, -1), x.reshape(batch * offset_groups, -1))
+    points = taps * out_height * out_width
+    samples = bilinear_sample(
+        images, y.reshape(batch * offset_groups, points), x.reshape(batch * offset_groups, points)
+    )
     samples = samples.reshape(batch, offset_groups, channels // offset_groups, taps, out_height, out_width)
     if mask is not None:
         samples = samples * mask.to(compute).reshape(batch, offset_groups, 1, taps, out_height, out_width)
