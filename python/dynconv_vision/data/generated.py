@@ -106,8 +106,8 @@ class GeneratedConfig:
     train: int = 4000
     val: int = 500
     test: int = 500
-    clutter: int = 6
-    noise: float = 24.0
+    clutter: int = 4
+    noise: float = 16.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -163,7 +163,7 @@ def generated_layout(config: GeneratedConfig, image_size: int, seed: int) -> Lay
 
 
 def draw(
-    label: int, size: int, rng: np.random.Generator, *, clutter: int = 6, noise: float = 24.0
+    label: int, size: int, rng: np.random.Generator, *, clutter: int = 4, noise: float = 16.0
 ) -> NDArray[np.uint8]:
     """Draw one picture.
 
@@ -182,7 +182,7 @@ def draw(
     for _ in range(rng.integers(clutter // 2, clutter + 1)):
         contours = _SHAPE_CONTOURS[rng.integers(len(_SHAPE_CONTOURS))]
         _fill(image, contours, rng.uniform(0.05, 0.95, 2), rng.uniform(0.05, 0.11), _clutter_colour(rng), rng)
-    radius = rng.uniform(0.19, 0.36)
+    radius = rng.uniform(0.24, 0.38)
     centre = rng.uniform(radius + 0.02, 0.98 - radius, 2)
     _fill(image, _SHAPE_CONTOURS[shape], centre, radius, _class_colour(colour, rng), rng)
     for _ in range(rng.integers(0, clutter // 2 + 1)):
@@ -194,16 +194,16 @@ def draw(
 
 def _ground(size: int, rng: np.random.Generator) -> NDArray[np.uint8]:
     """A smooth, faintly coloured random ground."""
-    cells = int(rng.integers(2, 7))
-    grey = rng.uniform(30, 225, (cells, cells, 1))
-    tint = rng.uniform(-45, 45, (cells, cells, 3))
+    cells = int(rng.integers(2, 6))
+    grey = rng.uniform(50, 200, (cells, cells, 1))
+    tint = rng.uniform(-30, 30, (cells, cells, 3))
     coarse = np.clip(grey + tint, 0, 255).astype(np.uint8)
     return cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC)
 
 
 def _class_colour(colour: int, rng: np.random.Generator) -> tuple[float, float, float]:
     hue = (_HUES[colour] + rng.uniform(-_HUE_JITTER, _HUE_JITTER)) % 360
-    red, green, blue = hsv_to_rgb(hue / 360, rng.uniform(0.5, 1), rng.uniform(0.45, 1))
+    red, green, blue = hsv_to_rgb(hue / 360, rng.uniform(0.6, 1), rng.uniform(0.55, 1))
     return 255 * blue, 255 * green, 255 * red
 
 
@@ -240,7 +240,7 @@ def _photograph(image: NDArray[np.uint8], noise: float, rng: np.random.Generator
     sigma = rng.uniform(0, 0.012) * size
     if sigma > 0.3:
         image = cv2.GaussianBlur(image, (0, 0), sigma)
-    light = cv2.resize(rng.uniform(0.65, 1.2, (2, 2)).astype(np.float32), (size, size), interpolation=cv2.INTER_LINEAR)
+    light = cv2.resize(rng.uniform(0.7, 1.15, (2, 2)).astype(np.float32), (size, size), interpolation=cv2.INTER_LINEAR)
     lit = image * light[:, :, None]
     lit += rng.standard_normal(image.shape, np.float32) * np.float32(rng.uniform(0.15, 1) * noise)
     return np.clip(np.rint(lit), 0, 255).astype(np.uint8)
