@@ -2,10 +2,21 @@
 // Vectors of float or double and their loads and stores from every storage type, in the compilers' vector extension:
 // included once for each instruction set by foreach_cpu_level.h, which sets DYNCONV_VECTOR_BYTES and DYNCONV_LEVEL.
 
+template <class T, class U>
+struct PickInt {  // the integer type as wide as a float type, without the standard library
+  typedef U type;
+};
+template <>
+struct PickInt<double, int32_t> {
+  typedef int64_t type;
+};
+
 template <class acc_t>
 struct Simd {
   static constexpr int64_t lanes = DYNCONV_VECTOR_BYTES / sizeof(acc_t);
+  typedef typename PickInt<acc_t, int32_t>::type int_t;
   typedef acc_t vec __attribute__((vector_size(DYNCONV_VECTOR_BYTES)));
+  typedef int_t int_vec __attribute__((vector_size(DYNCONV_VECTOR_BYTES)));
   // The same vector at any address.
   typedef acc_t loose __attribute__((vector_size(DYNCONV_VECTOR_BYTES), aligned(alignof(acc_t)), may_alias));
 };
@@ -74,6 +85,15 @@ DYNCONV_INLINE void store_partial<float, float>(float* p, Vec<float> v, int64_t 
   _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1u), (__m512)v);
 }
 #endif
+
+// Largest whole number not above, for |v| < 2^31.
+template <class acc_t>
+DYNCONV_INLINE Vec<acc_t> floor_lanes(Vec<acc_t> v) {
+  const Vec<acc_t> whole = __builtin_convertvector(__builtin_convertvector(v, typename Simd<acc_t>::int_vec), Vec<acc_t>);
+  return whole > v ? whole - 1 : whole;
+}
+DYNCONV_INLINE Vec<float> floor_of(Vec<float> v) { return floor_lanes<float>(v); }
+DYNCONV_INLINE Vec<double> floor_of(Vec<double> v) { return floor_lanes<double>(v); }
 
 template <class acc_t>
 DYNCONV_INLINE acc_t sum_lanes(Vec<acc_t> v) {

@@ -5,7 +5,7 @@
 #include "common/cpu_level.h"
 #include "common/gemm.h"
 #include "common/half_types.h"
-#include "deform_conv2d/deform_conv2d_math.h"
+#include "common/host_device.h"
 #include "deform_conv2d/deform_conv2d_params.h"
 
 #include <torch/csrc/stable/library.h>
@@ -30,12 +30,13 @@ struct DeformImage {
 // storage_t is what the tensors hold, acc_t what is computed in, gemm_t what the matrix product multiplies.
 template <class storage_t, class acc_t, class gemm_t>
 struct DeformKernels {
+  int64_t scratch_bytes;  // a tap, for the two tile functions
   void (*sample_tile)(const DeformConv2dParams&, DeformImage<storage_t>, ScalarReader<acc_t> offset,
                       ScalarReader<acc_t> mask, int64_t n, int64_t begin, int64_t count, int64_t column_groups,
-                      gemm_t* columns);
+                      void* scratch, gemm_t* columns);
   void (*scatter_tile)(const DeformConv2dParams&, DeformImage<storage_t>, ScalarReader<acc_t> offset,
                        ScalarReader<acc_t> mask, int64_t n, int64_t begin, int64_t count, int64_t column_groups,
-                       const gemm_t* grad_columns, acc_t* grad_input, ScalarWriter<acc_t> grad_offset,
+                       void* scratch, const gemm_t* grad_columns, acc_t* grad_input, ScalarWriter<acc_t> grad_offset,
                        ScalarWriter<acc_t> grad_mask);
   void (*depthwise_tile)(int64_t count, int64_t taps, int64_t channels, const gemm_t* columns, const acc_t* weight,
                          const acc_t* bias, acc_t* out);
@@ -43,6 +44,7 @@ struct DeformKernels {
                                   const acc_t* weight, const gemm_t* columns, gemm_t* grad_columns,
                                   acc_t* grad_weight);
   void (*pack_image)(const storage_t*, int64_t, storage_t*, int64_t, int64_t, int64_t);
+  void (*pack_weight)(const storage_t*, int64_t, gemm_t*, int64_t, int64_t, int64_t);
   void (*unpack_image)(const acc_t*, int64_t, storage_t*, int64_t, int64_t, int64_t);
   void (*pack_grad_out)(const storage_t*, int64_t, acc_t*, int64_t, int64_t, int64_t);
   void (*to_storage)(const acc_t*, storage_t*, int64_t);
@@ -130,10 +132,10 @@ class DeformCall {
       k.pack_grad_out(weight, taps, weight_acc_.data(), p.channels, p.channels, taps);
     } else {  // (output channel, tap, channel of the group)
       weight_ = Buffer<gemm_t>(p.out_channels * cg * taps);
-      for (int64_t o = 0; o < p.out_channels; ++o)
-        for (int64_t c = 0; c < cg; ++c)
-          for (int64_t t = 0; t < taps; ++t)
-            convert(weight[(o * cg + c) * taps + t], weight_.data() + (o * taps + t) * cg + c);
+      torch::stable::parallel_for(0, p.out_channels, 1 + 65536 / (taps * cg), [&](int64_t begin, int64_t end) {
+        for (int64_t o = begin; o < end; ++o)
+          k.pack_weight(weight + o * cg * taps, taps, weight_.data() + o * cg * taps, cg, cg, taps);
+      });
     }
   }
 
@@ -160,8 +162,10 @@ class DeformCall {
             zero_row_.data()};
   }
 
-  void sample(int64_t n, int64_t begin, int64_t count, gemm_t* columns) const {
-    k.sample_tile(p, image(n), offset_, mask_, n, begin, count, column_groups, columns);
+  int64_t scratch_size() const { return k.scratch_bytes * p.taps(); }
+
+  void sample(int64_t n, int64_t begin, int64_t count, void* scratch, gemm_t* columns) const {
+    k.sample_tile(p, image(n), offset_, mask_, n, begin, count, column_groups, scratch, columns);
   }
 
   Matrix<const gemm_t> weight_of(int64_t group) const {
@@ -217,20 +221,22 @@ class DeformForward : public DeformCall<storage_t, acc_t, gemm_t> {
       this->begin_chunk(first, count);
       torch::stable::parallel_for(0, count * schedule.tiles, 1, [&](int64_t begin, int64_t end) {
         Buffer<gemm_t> columns(this->columns_size());
+        Buffer<char> scratch(this->scratch_size());
         // What the product writes where the tensor is of another type, or the layer depthwise.
         Buffer<acc_t> tile(Base::direct && !this->depthwise ? 0 : schedule.tile_pixels * p.out_channels);
         for (int64_t i = begin; i < end; ++i) {
           const int64_t pixel = i % schedule.tiles * schedule.tile_pixels;
           run_tile(first + i / schedule.tiles, pixel, std::min(schedule.tile_pixels, p.out_pixels() - pixel),
-                   columns.data(), tile.data(), out);
+                   scratch.data(), columns.data(), tile.data(), out);
         }
       });
     }
   }
 
  private:
-  void run_tile(int64_t n, int64_t begin, int64_t count, gemm_t* columns, acc_t* tile, storage_t* out) {
-    this->sample(n, begin, count, columns);
+  void run_tile(int64_t n, int64_t begin, int64_t count, void* scratch, gemm_t* columns, acc_t* tile,
+                storage_t* out) {
+    this->sample(n, begin, count, scratch, columns);
     const auto whole = tile_of(p, p.channels_last, out, n, begin, count, 0);
     if (this->depthwise) {
       k.depthwise_tile(count, p.taps(), p.channels, columns, this->weight_acc_.data(), bias_.data(), tile);
@@ -324,6 +330,7 @@ class DeformBackward : public DeformCall<storage_t, acc_t, gemm_t> {
     Buffer<acc_t> grad_input;
   };
   struct Worker {
+    Buffer<char> scratch;
     Buffer<gemm_t> columns, grad_columns, grad_out, grad_weight_tile;
     Buffer<acc_t> grad_out_acc, grad_weight, grad_bias, image;
     std::vector<Partial> partials;
@@ -333,6 +340,7 @@ class DeformBackward : public DeformCall<storage_t, acc_t, gemm_t> {
 
   void prepare(Worker& w) {
     if (w.columns.size()) return;
+    w.scratch = Buffer<char>(this->scratch_size());
     w.columns = Buffer<gemm_t>(this->columns_size());
     if (wanted_.wants_columns_grad()) w.grad_columns = Buffer<gemm_t>(this->columns_size());
     if (!Base::direct && !this->depthwise) w.grad_out = Buffer<gemm_t>(schedule.tile_pixels * p.out_channels);
@@ -378,7 +386,7 @@ class DeformBackward : public DeformCall<storage_t, acc_t, gemm_t> {
     const auto grad_tile = tile_of(p, grad_out_channels_last_, grad_out_, n, begin, count, 0);
     if (wanted_.bias) add_bias(w, grad_tile);
     if (!wanted_.wants_columns_grad() && !wanted_.weight) return;
-    if (wanted_.weight) this->sample(n, begin, count, w.columns.data());
+    if (wanted_.weight) this->sample(n, begin, count, w.scratch.data(), w.columns.data());
     if (this->depthwise) {
       acc_t* grad = w.grad_out_acc.data();
       if (grad_out_channels_last_) k.to_acc(grad_tile.data, grad, count * p.channels);
@@ -408,7 +416,7 @@ class DeformBackward : public DeformCall<storage_t, acc_t, gemm_t> {
     if (wanted_.wants_columns_grad()) {
       auto offset = wanted_.offset, mask = wanted_.mask;
       k.scatter_tile(p, this->image(n), this->offset_, this->mask_, n, begin, count, this->column_groups,
-                     w.grad_columns.data(), grad_input, offset, mask);
+                     w.scratch.data(), w.grad_columns.data(), grad_input, offset, mask);
     }
   }
 

@@ -4,71 +4,127 @@
 // An image is (pixel, channel), channels fastest, so that one tap's coordinates and weights serve a run of channels.
 // Columns of a tile are (group, pixel, tap, channel of the group): what the matrix product with the weight reads.
 
+#include "deform_conv2d/deform_conv2d_math.h"
+
+// A strip is a run of output pixels, one a lane, of one offset group. Its taps are located at once; then a block of
+// channels, small enough that what the strip samples stays in the first-level cache, is read tap by tap.
 template <class acc_t, class storage_t>
 struct DeformTap {
-  BilinearSample<acc_t> sample;
-  acc_t mask;
-  const storage_t* corner[4];
+  const storage_t* corner[4];  // the zero row for one outside the image
+  acc_t weight[4];             // mask included
+  acc_t fraction_y, fraction_x, mask;
+  uint8_t valid;  // bit j: corner j lies in the image
 };
 
-template <class acc_t, class storage_t>
-DYNCONV_INLINE void locate_tap(const DeformConv2dParams& p, const DeformImage<storage_t>& image,
-                               const ScalarReader<acc_t>& offset, const ScalarReader<acc_t>& mask, int64_t n,
-                               int64_t group, int64_t tap, int64_t row, int64_t column, DeformTap<acc_t, storage_t>* t) {
-  const int64_t channel = group * p.taps() + tap;
-  const int64_t at = n * p.offset_stride[0] + 2 * channel * p.offset_stride[1] + row * p.offset_stride[2] +
-                     column * p.offset_stride[3];
-  const int64_t tap_row = tap / p.kernel_width, tap_column = tap - tap_row * p.kernel_width;
-  const acc_t y = acc_t(row * p.stride_height - p.padding_height + tap_row * p.dilation_height) + offset[at];
-  const acc_t x = acc_t(column * p.stride_width - p.padding_width + tap_column * p.dilation_width) +
-                  offset[at + p.offset_stride[1]];
-  t->sample = bilinear_sample(y, x, p.height, p.width);
-  t->mask = p.has_mask ? mask[n * p.mask_stride[0] + channel * p.mask_stride[1] + row * p.mask_stride[2] +
-                              column * p.mask_stride[3]]
-                       : acc_t(1);
-  const storage_t* first = image.pixels + (t->sample.top * p.width + t->sample.left) * p.channels;
-  t->corner[0] = t->sample.has(0, p.height, p.width) ? first : image.zero_row;
-  t->corner[1] = t->sample.has(1, p.height, p.width) ? first + p.channels : image.zero_row;
-  t->corner[2] = t->sample.has(2, p.height, p.width) ? first + p.width * p.channels : image.zero_row;
-  t->corner[3] = t->sample.has(3, p.height, p.width) ? first + (p.width + 1) * p.channels : image.zero_row;
+constexpr int64_t kBlockBytes = 256;
+
+// Scalars at address + lane * stride for the first count lanes, 0 behind them.
+template <class acc_t>
+DYNCONV_INLINE Vec<acc_t> read_lanes(const ScalarReader<acc_t>& reader, const int64_t* address, int64_t count,
+                                     bool dense) {
+  constexpr int64_t lanes = Simd<acc_t>::lanes;
+  if (dense && sizeof(acc_t) == sizeof(float) && reader.type == StorageType::float32)
+    return load(static_cast<const acc_t*>(reader.data) + address[0]);
+  acc_t values[lanes] = {};
+  for (int64_t i = 0; i < count; ++i) values[i] = reader[address[i]];
+  return load(values);
 }
 
-// Samples output pixels [begin, begin + count) of image n into columns of gemm_t.
+// Locates every tap of one offset group for output pixels [begin, begin + count), count <= lanes: taps[tap * lanes + i].
+template <class acc_t, class storage_t>
+DYNCONV_INLINE void locate_strip(const DeformConv2dParams& p, const DeformImage<storage_t>& image,
+                                 const ScalarReader<acc_t>& offset, const ScalarReader<acc_t>& mask, int64_t n,
+                                 int64_t group, int64_t begin, int64_t count, DeformTap<acc_t, storage_t>* taps) {
+  constexpr int64_t lanes = Simd<acc_t>::lanes;
+  int64_t at_offset[lanes], at_mask[lanes];
+  acc_t first_y[lanes] = {}, first_x[lanes] = {};
+  bool dense_offset = count == lanes, dense_mask = count == lanes;
+  int64_t row = begin / p.out_width, column = begin - row * p.out_width;
+  for (int64_t i = 0; i < count; ++i) {
+    at_offset[i] = n * p.offset_stride[0] + 2 * group * p.taps() * p.offset_stride[1] + row * p.offset_stride[2] +
+                   column * p.offset_stride[3];
+    at_mask[i] =
+        n * p.mask_stride[0] + group * p.taps() * p.mask_stride[1] + row * p.mask_stride[2] + column * p.mask_stride[3];
+    dense_offset &= at_offset[i] == at_offset[0] + i;
+    dense_mask &= at_mask[i] == at_mask[0] + i;
+    first_y[i] = acc_t(row * p.stride_height - p.padding_height);
+    first_x[i] = acc_t(column * p.stride_width - p.padding_width);
+    if (++column == p.out_width) column = 0, ++row;
+  }
+  const Vec<acc_t> base_y = load(first_y), base_x = load(first_x), none = {};
+  const Vec<acc_t> height = none + acc_t(p.height), width = none + acc_t(p.width);
+  const int64_t pixel_step = p.channels, row_step = p.width * p.channels;
+  for (int64_t tap_row = 0, tap = 0; tap_row < p.kernel_height; ++tap_row)
+    for (int64_t tap_column = 0; tap_column < p.kernel_width; ++tap_column, ++tap) {
+      const Vec<acc_t> dy = read_lanes(offset, at_offset, count, dense_offset);
+      for (int64_t i = 0; i < count; ++i) at_offset[i] += p.offset_stride[1];
+      const Vec<acc_t> dx = read_lanes(offset, at_offset, count, dense_offset);
+      for (int64_t i = 0; i < count; ++i) at_offset[i] += p.offset_stride[1];
+      Vec<acc_t> m = none + 1;
+      if (p.has_mask) {
+        m = read_lanes(mask, at_mask, count, dense_mask);
+        for (int64_t i = 0; i < count; ++i) at_mask[i] += p.mask_stride[1];
+      }
+      BilinearSample<Vec<acc_t>> s;
+      const Vec<acc_t> y = base_y + acc_t(tap_row * p.dilation_height) + dy;
+      const Vec<acc_t> x = base_x + acc_t(tap_column * p.dilation_width) + dx;
+      const auto inside = bilinear_sample(y, x, height, width, &s);
+      for (int j = 0; j < 4; ++j) s.weight[j] *= m;
+      DeformTap<acc_t, storage_t>* out = taps + tap * lanes;
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t top = int64_t(s.top[i]), left = int64_t(s.left[i]);
+        const storage_t* first = image.pixels + top * row_step + left * pixel_step;
+        const bool above = inside[i] && top >= 0, below = inside[i] && top + 1 < p.height;
+        const bool west = left >= 0, east = left + 1 < p.width;
+        out[i].corner[0] = above && west ? first : image.zero_row;
+        out[i].corner[1] = above && east ? first + pixel_step : image.zero_row;
+        out[i].corner[2] = below && west ? first + row_step : image.zero_row;
+        out[i].corner[3] = below && east ? first + row_step + pixel_step : image.zero_row;
+        out[i].valid = uint8_t((above && west) | (above && east) << 1 | (below && west) << 2 | (below && east) << 3);
+        for (int j = 0; j < 4; ++j) out[i].weight[j] = s.weight[j][i];
+        out[i].fraction_y = s.fraction_y[i];
+        out[i].fraction_x = s.fraction_x[i];
+        out[i].mask = m[i];
+      }
+    }
+}
+
+// Samples output pixels [begin, begin + count) of image n into columns of gemm_t. scratch: scratch_bytes of the kernels.
 template <class storage_t, class acc_t, class gemm_t>
 void sample_tile(const DeformConv2dParams& p, DeformImage<storage_t> image, ScalarReader<acc_t> offset,
-                 ScalarReader<acc_t> mask, int64_t n, int64_t begin, int64_t count, int64_t column_groups,
+                 ScalarReader<acc_t> mask, int64_t n, int64_t begin, int64_t count, int64_t column_groups, void* scratch,
                  gemm_t* columns) {
-  constexpr int64_t lanes = Simd<acc_t>::lanes;
+  constexpr int64_t lanes = Simd<acc_t>::lanes, block = kBlockBytes / sizeof(acc_t);
+  DeformTap<acc_t, storage_t>* located = static_cast<DeformTap<acc_t, storage_t>*>(scratch);
   const int64_t taps = p.taps(), offset_channels = p.channels / p.offset_groups;
   const int64_t group_channels = p.channels / column_groups;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t row = (begin + i) / p.out_width, column = (begin + i) - row * p.out_width;
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      for (int64_t group = 0; group < p.offset_groups; ++group) {
-        DeformTap<acc_t, storage_t> t;
-        locate_tap(p, image, offset, mask, n, group, tap, row, column, &t);
-        const acc_t w0 = t.mask * t.sample.weight[0], w1 = t.mask * t.sample.weight[1];
-        const acc_t w2 = t.mask * t.sample.weight[2], w3 = t.mask * t.sample.weight[3];
-        const int64_t last = (group + 1) * offset_channels;
-        for (int64_t c = group * offset_channels; c < last;) {
-          // A run of channels that share both groups.
-          const int64_t column_group = c / group_channels, first = column_group * group_channels;
-          const int64_t end = last < first + group_channels ? last : first + group_channels;
-          gemm_t* out = columns + ((column_group * count + i) * taps + tap) * group_channels - first;
-          for (; c + lanes <= end; c += lanes)
-            store(out + c, w0 * load(t.corner[0] + c) + w1 * load(t.corner[1] + c) + w2 * load(t.corner[2] + c) +
-                               w3 * load(t.corner[3] + c));
-          if (c < end) {
-            const int64_t rest = end - c;
-            store_partial<acc_t>(out + c,
-                                 w0 * load_partial<acc_t>(t.corner[0] + c, rest) +
-                                     w1 * load_partial<acc_t>(t.corner[1] + c, rest) +
-                                     w2 * load_partial<acc_t>(t.corner[2] + c, rest) +
-                                     w3 * load_partial<acc_t>(t.corner[3] + c, rest),
-                                 rest);
-            c = end;
+  for (int64_t strip = 0; strip < count; strip += lanes) {
+    const int64_t pixels = count - strip < lanes ? count - strip : lanes;
+    for (int64_t group = 0; group < p.offset_groups; ++group) {
+      locate_strip(p, image, offset, mask, n, group, begin + strip, pixels, located);
+      const int64_t last = (group + 1) * offset_channels;
+      for (int64_t first = group * offset_channels; first < last;) {
+        // A run of channels of one column group, at most a block.
+        const int64_t column_group = first / group_channels, group_end = (column_group + 1) * group_channels;
+        int64_t end = last < group_end ? last : group_end;
+        end = end - first > block ? first + block : end;
+        const int64_t whole = first + (end - first) / lanes * lanes, rest = end - whole;
+        gemm_t* out = columns + (column_group * count + strip) * taps * group_channels - column_group * group_channels;
+        for (int64_t i = 0; i < pixels; ++i)
+          for (int64_t tap = 0; tap < taps; ++tap, out += group_channels) {
+            const DeformTap<acc_t, storage_t>& t = located[tap * lanes + i];
+            for (int64_t c = first; c < whole; c += lanes)
+              store(out + c, t.weight[0] * load(t.corner[0] + c) + t.weight[1] * load(t.corner[1] + c) +
+                                 t.weight[2] * load(t.corner[2] + c) + t.weight[3] * load(t.corner[3] + c));
+            if (rest)
+              store_partial<acc_t>(out + whole,
+                                   t.weight[0] * load_partial<acc_t>(t.corner[0] + whole, rest) +
+                                       t.weight[1] * load_partial<acc_t>(t.corner[1] + whole, rest) +
+                                       t.weight[2] * load_partial<acc_t>(t.corner[2] + whole, rest) +
+                                       t.weight[3] * load_partial<acc_t>(t.corner[3] + whole, rest),
+                                   rest);
           }
-        }
+        first = end;
       }
     }
   }
@@ -79,55 +135,52 @@ void sample_tile(const DeformConv2dParams& p, DeformImage<storage_t> image, Scal
 template <class storage_t, class acc_t, class gemm_t>
 void scatter_tile(const DeformConv2dParams& p, DeformImage<storage_t> image, ScalarReader<acc_t> offset,
                   ScalarReader<acc_t> mask, int64_t n, int64_t begin, int64_t count, int64_t column_groups,
-                  const gemm_t* grad_columns, acc_t* grad_input, ScalarWriter<acc_t> grad_offset,
+                  void* scratch, const gemm_t* grad_columns, acc_t* grad_input, ScalarWriter<acc_t> grad_offset,
                   ScalarWriter<acc_t> grad_mask) {
   constexpr int64_t lanes = Simd<acc_t>::lanes;
+  DeformTap<acc_t, storage_t>* located = static_cast<DeformTap<acc_t, storage_t>*>(scratch);
   const int64_t taps = p.taps(), offset_channels = p.channels / p.offset_groups;
   const int64_t group_channels = p.channels / column_groups, pixels = p.out_pixels();
   const bool want_dots = grad_offset.data || grad_mask.data;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t row = (begin + i) / p.out_width, column = (begin + i) - row * p.out_width;
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      for (int64_t group = 0; group < p.offset_groups; ++group) {
-        DeformTap<acc_t, storage_t> t;
-        locate_tap(p, image, offset, mask, n, group, tap, row, column, &t);
+  for (int64_t strip = 0; strip < count; strip += lanes) {
+    const int64_t strip_pixels = count - strip < lanes ? count - strip : lanes;
+    for (int64_t group = 0; group < p.offset_groups; ++group) {
+      locate_strip(p, image, offset, mask, n, group, begin + strip, strip_pixels, located);
+      const int64_t last = (group + 1) * offset_channels;
+      for (int64_t at = 0; at < strip_pixels * taps; ++at) {
+        const int64_t lane = at / taps, tap = at - lane * taps, i = strip + lane;
+        const DeformTap<acc_t, storage_t>& t = located[tap * lanes + lane];
         acc_t* target[4];
-        acc_t weight[4];
-        for (int j = 0; j < 4; ++j) {
-          const bool wanted = grad_input && t.sample.has(j, p.height, p.width);
-          target[j] = wanted ? grad_input + (t.corner[j] - image.pixels) : nullptr;
-          weight[j] = t.mask * t.sample.weight[j];
-        }
+        for (int j = 0; j < 4; ++j)
+          target[j] = grad_input && (t.valid >> j & 1) ? grad_input + (t.corner[j] - image.pixels) : nullptr;
         Vec<acc_t> dots[4] = {};
-        const int64_t last = (group + 1) * offset_channels;
         for (int64_t c = group * offset_channels; c < last;) {
           const int64_t column_group = c / group_channels, first = column_group * group_channels;
           const int64_t end = last < first + group_channels ? last : first + group_channels;
           const gemm_t* grad = grad_columns + ((column_group * count + i) * taps + tap) * group_channels - first;
-          for (; c < end; c += lanes) {
-            const int64_t rest = end - c;
-            if (rest >= lanes) {
-              const Vec<acc_t> g = load(grad + c);
-              if (want_dots)
-                for (int j = 0; j < 4; ++j) dots[j] += g * load(t.corner[j] + c);
-              for (int j = 0; j < 4; ++j)
-                if (target[j]) store(target[j] + c, load(target[j] + c) + weight[j] * g);
-            } else {
-              const Vec<acc_t> g = load_partial<acc_t>(grad + c, rest);
-              if (want_dots)
-                for (int j = 0; j < 4; ++j) dots[j] += g * load_partial<acc_t>(t.corner[j] + c, rest);
-              for (int j = 0; j < 4; ++j)
-                if (target[j])
-                  store_partial<acc_t>(target[j] + c, load_partial<acc_t>(target[j] + c, rest) + weight[j] * g, rest);
-            }
+          for (; c + lanes <= end; c += lanes) {
+            const Vec<acc_t> g = load(grad + c);
+            if (want_dots)
+              for (int j = 0; j < 4; ++j) dots[j] += g * load(t.corner[j] + c);
+            for (int j = 0; j < 4; ++j)
+              if (target[j]) store(target[j] + c, load(target[j] + c) + t.weight[j] * g);
           }
-          c = end;
+          if (c < end) {
+            const int64_t rest = end - c;
+            const Vec<acc_t> g = load_partial<acc_t>(grad + c, rest);
+            if (want_dots)
+              for (int j = 0; j < 4; ++j) dots[j] += g * load_partial<acc_t>(t.corner[j] + c, rest);
+            for (int j = 0; j < 4; ++j)
+              if (target[j])
+                store_partial<acc_t>(target[j] + c, load_partial<acc_t>(target[j] + c, rest) + t.weight[j] * g, rest);
+            c = end;
+          }
         }
         if (want_dots) {
           const acc_t dot[4] = {sum_lanes<acc_t>(dots[0]), sum_lanes<acc_t>(dots[1]), sum_lanes<acc_t>(dots[2]),
                                 sum_lanes<acc_t>(dots[3])};
           acc_t grad_y, grad_x, grad_m;
-          sample_gradients(t.sample, dot, t.mask, &grad_y, &grad_x, &grad_m);
+          sample_gradients(t.fraction_y, t.fraction_x, dot, t.mask, &grad_y, &grad_x, &grad_m);
           const int64_t channel = (n * p.offset_groups + group) * taps + tap, pixel = begin + i;
           if (grad_offset.data) {
             grad_offset.write(2 * channel * pixels + pixel, grad_y);
@@ -222,11 +275,13 @@ acc_t sum_row(const from_t* from, int64_t count) {
 template <class storage_t, class acc_t, class gemm_t>
 DeformKernels<storage_t, acc_t, gemm_t> deform_kernels() {
   DeformKernels<storage_t, acc_t, gemm_t> k;
+  k.scratch_bytes = Simd<acc_t>::lanes * int64_t(sizeof(DeformTap<acc_t, storage_t>));
   k.sample_tile = &sample_tile<storage_t, acc_t, gemm_t>;
   k.scatter_tile = &scatter_tile<storage_t, acc_t, gemm_t>;
   k.depthwise_tile = &depthwise_tile<acc_t, gemm_t>;
   k.depthwise_backward_tile = &depthwise_backward_tile<acc_t, gemm_t>;
   k.pack_image = &transpose<storage_t, storage_t>;
+  k.pack_weight = &transpose<storage_t, gemm_t>;
   k.unpack_image = &transpose<acc_t, storage_t>;
   k.pack_grad_out = &transpose<storage_t, acc_t>;
   k.to_storage = &convert_row<acc_t, storage_t>;

@@ -1,63 +1,46 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Per-sample maths of deform_conv2d, host and device: where a tap samples, with what weights, and the gradients.
-#pragma once
-
-#include "common/host_device.h"
-
-#include <cmath>
-#include <cstdint>
-
-namespace dynconv {
+// T is a number, or a vector of numbers in the compiler's vector extension, one sample a lane: hence no branches.
+// Included inside a namespace, with no guard, after a floor_of(T): the CPU kernels compile it for each instruction set.
 
 // One bilinear sample. Corners are numbered 0..3 = (top, left), (top, right), (bottom, left), (bottom, right).
-template <class acc_t>
+template <class T>
 struct BilinearSample {
-  int top, left;              // pixel of corner 0; may be -1
-  acc_t weight[4];            // of each corner, mask not included; 0 for a sample outside, NaN for a NaN coordinate
-  acc_t fraction_y, fraction_x;  // distance from corner 0
-  bool inside;                // false: outside or NaN, no corner may be read
-
-  // Whether corner i lies in the image.
-  DYNCONV_HOST_DEVICE bool has(int i, int64_t height, int64_t width) const {
-    const int row = top + (i >> 1), column = left + (i & 1);
-    return inside && row >= 0 && row < height && column >= 0 && column < width;
-  }
+  T top, left;                // pixel of corner 0, whole numbers; may be -1; 0 for a sample outside
+  T fraction_y, fraction_x;   // distance from corner 0; NaN for a NaN coordinate
+  T weight[4];                // of each corner, mask not included; 0 for a sample outside, NaN for a NaN coordinate
 };
 
-template <class acc_t>
-DYNCONV_HOST_DEVICE BilinearSample<acc_t> bilinear_sample(acc_t y, acc_t x, int64_t height, int64_t width) {
-  BilinearSample<acc_t> s;
-  s.inside = y > acc_t(-1) && y < acc_t(height) && x > acc_t(-1) && x < acc_t(width);
-  if (!s.inside) {
-    // A NaN coordinate must show; x - x is NaN for an infinite x as well, which is outside.
-    const bool nan = y != y || x != x;
-    const acc_t value = nan ? (y != y ? y : x) : acc_t(0);
-    s.top = s.left = 0;
-    s.fraction_y = s.fraction_x = value;
-    for (int i = 0; i < 4; ++i) s.weight[i] = value;
-    return s;
-  }
-  const acc_t top = std::floor(y), left = std::floor(x);
-  s.top = int(top);
-  s.left = int(left);
-  s.fraction_y = y - top;
-  s.fraction_x = x - left;
-  const acc_t rest_y = acc_t(1) - s.fraction_y, rest_x = acc_t(1) - s.fraction_x;
-  s.weight[0] = rest_y * rest_x;
-  s.weight[1] = rest_y * s.fraction_x;
-  s.weight[2] = s.fraction_y * rest_x;
-  s.weight[3] = s.fraction_y * s.fraction_x;
-  return s;
+// Returns whether the sample is inside, that is -1 < y < height and -1 < x < width: false as well for NaN, and then no
+// corner may be read. The result is a bool, or a vector's lane mask.
+template <class T>
+DYNCONV_HOST_DEVICE auto bilinear_sample(T y, T x, T height, T width, BilinearSample<T>* s) {
+  const T zero{};
+  const auto inside = (y > zero - 1) & (y < height) & (x > zero - 1) & (x < width);
+  const auto nan = (y != y) | (x != x);
+  const T safe_y = inside ? y : zero, safe_x = inside ? x : zero;
+  s->top = floor_of(safe_y);
+  s->left = floor_of(safe_x);
+  // A NaN coordinate must show in value and gradients; y + x alone would be NaN for +inf and -inf as well.
+  const T poison = nan ? y + x : zero;
+  s->fraction_y = safe_y - s->top + poison;
+  s->fraction_x = safe_x - s->left + poison;
+  const T rest_y = 1 - s->fraction_y, rest_x = 1 - s->fraction_x;
+  const T one = inside ? zero + 1 : poison;  // 1 inside, 0 outside, NaN for NaN
+  s->weight[0] = rest_y * rest_x * one;
+  s->weight[1] = rest_y * s->fraction_x * one;
+  s->weight[2] = s->fraction_y * rest_x * one;
+  s->weight[3] = s->fraction_y * s->fraction_x * one;
+  return inside;
 }
 
-// Gradients of one tap from the four products dot[i] = <gradient of the sampled values, corner i>, over channels.
-template <class acc_t>
-DYNCONV_HOST_DEVICE void sample_gradients(const BilinearSample<acc_t>& s, const acc_t dot[4], acc_t mask, acc_t* grad_y,
-                                          acc_t* grad_x, acc_t* grad_mask) {
-  const acc_t rest_y = acc_t(1) - s.fraction_y, rest_x = acc_t(1) - s.fraction_x;
-  *grad_mask = s.weight[0] * dot[0] + s.weight[1] * dot[1] + s.weight[2] * dot[2] + s.weight[3] * dot[3];
-  *grad_y = mask * (rest_x * (dot[2] - dot[0]) + s.fraction_x * (dot[3] - dot[1]));
-  *grad_x = mask * (rest_y * (dot[1] - dot[0]) + s.fraction_y * (dot[3] - dot[2]));
+// Gradients of one tap from the four products dot[i] = <gradient of the sampled values, corner i>, over channels; a
+// corner outside the image has the product 0.
+template <class T>
+DYNCONV_HOST_DEVICE void sample_gradients(T fraction_y, T fraction_x, const T dot[4], T mask, T* grad_y, T* grad_x,
+                                          T* grad_mask) {
+  const T rest_y = 1 - fraction_y, rest_x = 1 - fraction_x;
+  *grad_mask = rest_y * (rest_x * dot[0] + fraction_x * dot[1]) + fraction_y * (rest_x * dot[2] + fraction_x * dot[3]);
+  *grad_y = mask * (rest_x * (dot[2] - dot[0]) + fraction_x * (dot[3] - dot[1]));
+  *grad_x = mask * (rest_y * (dot[1] - dot[0]) + fraction_y * (dot[3] - dot[2]));
 }
-
-}  // namespace dynconv
