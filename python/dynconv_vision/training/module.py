@@ -169,13 +169,13 @@ class ClassificationModule(pl.LightningModule):
             metric.reset()
 
 
-def mean_loss() -> MeanMetric:
+def mean_loss(**options: Any) -> MeanMetric:
     """A mean over losses, one an image.
 
     By default it would leave out NaN, and a diverged run would look sound. Its weights are of no use here: with
     "disable", torchmetrics 1.9 sets them all to one.
     """
-    return MeanMetric(nan_strategy="disable")
+    return MeanMetric(nan_strategy="disable", **options)
 
 
 def use_channels_last(model: nn.Module) -> None:

@@ -182,8 +182,9 @@ def evaluate_model(
     model.to(device).eval()
     if channels_last:
         use_channels_last(model)
-    accuracy = MulticlassAccuracy(num_classes, average="micro").to(device)
-    loss = mean_loss().to(device)
+    # Not synchronised: the process that measures sees all images, and the others may not be here.
+    accuracy = MulticlassAccuracy(num_classes, average="micro", sync_on_compute=False).to(device)
+    loss = mean_loss(sync_on_compute=False).to(device)
     for batch in EvaluationLoader(split, batch_size, seed):
         torch.manual_seed(batch.seed)
         images, labels = prepare_images(batch.images.to(device), channels_last), batch.labels.to(device)
@@ -204,6 +205,8 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=UserWarning, module=r"lightning\.")
+            # Data-parallel training of channels-last 1x1 kernels.
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
             warnings.filterwarnings("ignore", category=DeprecationWarning)
             warnings.filterwarnings("ignore", category=FutureWarning)
             yield

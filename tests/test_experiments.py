@@ -1,0 +1,425 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The studies' scripts: smoke runs, results, options, stopping and continuing, evaluate.py and its errors."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from dynconv_vision.models import registry
+from dynconv_vision.training import TrainConfig
+from dynconv_vision.training.study import CHANNEL_SETS, Preset, Study, StudyConfig, main
+from torch import nn
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+
+
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"experiments_{name}", EXPERIMENTS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_script(name: str, *arguments: object, **options) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(EXPERIMENTS / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, **options)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DYNCONV_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with list files: three classes of noisy images told apart by their colour."""
+    folder = tmp_path_factory.mktemp("photographs")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 40), ("val", 12), ("test", 15)):
+        lines = []
+        for index in range(count):
+            image = generator.integers(0, 120, (20, 24, 3))
+            image[..., index % 3] += 100
+            assert cv2.imwrite(str(folder / f"{split}{index}.png"), image.astype(np.uint8))
+            lines.append(f"{split}{index}.png {index % 3}\r\n")
+        (folder / f"{split}.txt").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def smoke_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, subprocess.CompletedProcess[str]]]:
+    runs = {}
+    for name in ("task1", "task2"):
+        folder = tmp_path_factory.mktemp("smoke") / name
+        runs[name] = (folder, run_script(name, "--smoke", "--device", "cpu", "--output", folder))
+    return runs
+
+
+@pytest.fixture(scope="module")
+def photograph_run(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of Task I on the photographs."""
+    folder = tmp_path_factory.mktemp("run") / "task1"
+    arguments = ["--smoke", "--data", photographs, "--models", "variable_resnet18", "--device", "cpu"]
+    assert main(load_script("task1").STUDY, [*map(str, arguments), "--output", str(folder)]) == 0
+    return folder
+
+
+class TestSmoke:
+    @pytest.mark.parametrize("task", ["task1", "task2"])
+    def test_results(self, smoke_runs: dict, task: str) -> None:
+        folder, done = smoke_runs[task]
+        assert done.returncode == 0, done.stderr
+        results = json.loads((folder / "results.json").read_text())
+        assert results["task"] == task
+        assert results["dataset"] == "generated"
+        assert results["seed"] == 0 and results["epochs"] == 1
+        assert results["image_size"] == results["config"]["image_size"]
+        expected = {
+            "task1": ["resnet18", "variable_resnet18", "task1_published"],
+            "task2": ["task2_published", "resnet34"],
+        }
+        assert list(results["models"]) == expected[task]
+        for entry in results["models"].values():
+            for key in ("params", "flops", "seconds", "train_loss", "val_loss"):
+                assert entry[key] > 0
+            for key in ("train_acc", "val_acc", "test_acc"):
+                assert 0 <= entry[key] <= 100
+            # Of 50 test images each one counts two percent.
+            assert entry["test_acc"] % 2 == 0
+            if task == "task1":
+                assert list(entry["channels"]) == list(CHANNEL_SETS)
+                assert entry["channels"]["RGB"] == entry["test_acc"]
+        if task == "task2":
+            assert results["models"]["resnet34"]["params"] == 21_310_322
+
+    @pytest.mark.parametrize("task", ["task1", "task2"])
+    def test_files_and_output(self, smoke_runs: dict, task: str) -> None:
+        folder, done = smoke_runs[task]
+        report = (folder / "report.md").read_text()
+        assert report.strip() in done.stdout
+        figures = {path.name for path in folder.glob("*.png")}
+        assert {"learning_curves.png", "accuracy.png", "complexity.png"} <= figures
+        assert ("channels.png" in figures) == (task == "task1")
+        for name in json.loads((folder / "results.json").read_text())["models"]:
+            for file in ("history.csv", "best.ckpt", "last.ckpt", "result.json"):
+                assert (folder / name / file).is_file()
+            assert f"\n{name}: " in done.stdout
+        config = json.loads((folder / "config.json").read_text())
+        assert StudyConfig.from_dict(config).to_dict() == config
+        assert "Traceback" not in done.stderr
+
+    def test_two_processes(self, tmp_path: Path) -> None:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        arguments = ["--smoke", "--device", "cpu", "--precision", "float32", "--models", "task2_published"]
+        done = subprocess.run(
+            [*command, str(EXPERIMENTS / "task2.py"), *arguments, "--output", str(tmp_path / "run")],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+        results = json.loads((tmp_path / "run" / "results.json").read_text())
+        assert results["models"]["task2_published"]["test_acc"] % 2 == 0
+        assert done.stdout.count("epoch 1/1") == 1
+
+
+class TestPresets:
+    def test_paper(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: dict[str, StudyConfig] = {}
+        monkeypatch.setattr(
+            "dynconv_vision.training.study.run_study", lambda study, config, folder: seen.update({study.task: config})
+        )
+        for task in ("task1", "task2"):
+            arguments = ["--preset", "paper", "--data", str(tmp_path), "--output", str(tmp_path / task)]
+            assert main(load_script(task).STUDY, arguments) == 0
+            config = seen[task]
+            assert (config.image_size, config.denoise, config.normalize, config.limits) == (124, True, True, None)
+            assert (config.train.learning_rate, config.train.batch_size, config.train.epochs) == (1e-3, 32, 30)
+            assert config.train.schedule == "constant" and not config.train.augment
+        one, two = seen["task1"].train, seen["task2"].train
+        assert (one.weight_decay, one.gradient_clip, one.early_stop_patience) == (1e-4, 2.0, 6)
+        assert (two.weight_decay, two.gradient_clip, two.early_stop_patience) == (0.0, None, None)
+
+    def test_explicit_options_override(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: list[StudyConfig] = []
+        monkeypatch.setattr(
+            "dynconv_vision.training.study.run_study", lambda study, config, folder: seen.append(config)
+        )
+        arguments = "--preset paper --image-size 64 --no-denoise --epochs 3 --batch-size 8 --seed 7 --models resnet34"
+        assert main(load_script("task2").STUDY, [*arguments.split(), "--output", str(tmp_path / "run")]) == 0
+        (config,) = seen
+        assert (config.image_size, config.denoise, config.normalize) == (64, False, True)
+        assert (config.train.epochs, config.train.batch_size, config.train.seed) == (3, 8, 7)
+        assert config.models == ("resnet34",)
+        assert StudyConfig.from_dict(json.loads((tmp_path / "run" / "config.json").read_text())) == config
+
+
+class Linear(nn.Module):
+    """A network that can press Ctrl-C."""
+
+    press_at: int | None = None
+    calls = 0
+
+    def __init__(self, num_classes: int, image_size: int) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.2)
+        self.fc = nn.Linear(3 * image_size**2, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            type(self).calls += 1
+            if type(self).calls == self.press_at:
+                os.kill(os.getpid(), signal.SIGINT)
+        return self.fc(self.dropout(images.flatten(1)))
+
+
+@pytest.fixture
+def tiny_study(monkeypatch: pytest.MonkeyPatch) -> Study:
+    """Two linear networks on 60 generated images: ten steps an epoch, two epochs."""
+    monkeypatch.setattr(registry, "_MODELS", dict(registry._MODELS))
+    monkeypatch.setattr(Linear, "calls", 0)
+    for name in ("first", "second"):
+        registry.register_model(name, task="task2")(lambda num_classes, image_size: Linear(num_classes, image_size))
+    preset = Preset(
+        models=("first", "second"),
+        image_size=8,
+        limits={"train": 60, "val": 50, "test": 50},
+        train={"epochs": 2, "batch_size": 6, "device": "cpu", "precision": "float32"},
+    )
+    return Study("task2", "A study of this test.", {"first": {}, "second": {}}, {"demo": preset})
+
+
+def numbers(folder: Path) -> dict:
+    models = json.loads((folder / "results.json").read_text())["models"]
+    return {name: {key: value for key, value in entry.items() if key != "seconds"} for name, entry in models.items()}
+
+
+class TestStoppingAndContinuing:
+    @pytest.mark.parametrize("press_at", [3, 27])
+    def test_ctrl_c_and_resume(
+        self,
+        tiny_study: Study,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
+        press_at: int,
+    ) -> None:
+        """In the first network and in the second one: the run ends with the numbers of one that was left alone."""
+        assert main(tiny_study, ["--output", str(tmp_path / "whole")]) == 0
+        monkeypatch.setattr(Linear, "calls", 0)
+        monkeypatch.setattr(Linear, "press_at", press_at)
+        broken = tmp_path / "broken"
+        assert main(tiny_study, ["--output", str(broken)]) == 130
+        last_line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert re.fullmatch(rf"Stopped; resume with: python .* --output {re.escape(str(broken))} --resume", last_line)
+        assert not (broken / "results.json").exists()
+        assert main(tiny_study, ["--output", str(broken), "--resume"]) == 0
+        assert numbers(broken) == numbers(tmp_path / "whole")
+        # No step was taken twice, so no finished network was trained again.
+        assert Linear.calls == 40
+
+    def test_finished_run_is_not_trained_again(self, tiny_study: Study, tmp_path: Path) -> None:
+        arguments = ["--output", str(tmp_path / "run")]
+        assert main(tiny_study, arguments) == 0
+        before, calls = numbers(tmp_path / "run"), Linear.calls
+        assert main(tiny_study, [*arguments, "--resume"]) == 0
+        assert numbers(tmp_path / "run") == before and Linear.calls == calls
+
+    def test_real_signal(self, tmp_path: Path) -> None:
+        command = [sys.executable, str(EXPERIMENTS / "task2.py"), "--smoke", "--models", "task2_published"]
+        command += ["--image-size", "16", "--epochs", "100000", "--device", "cpu", "--precision", "float32"]
+        with subprocess.Popen(
+            [*command, "--output", str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if "epoch 1/" in line:
+                    break
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130, errors
+        assert "--resume" in errors.strip().splitlines()[-1] and "Traceback" not in errors
+        assert (tmp_path / "run" / "task2_published" / "last.ckpt").is_file()
+
+    def test_latest_run_without_output(
+        self, tiny_study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert main(tiny_study, ["--resume"]) == 2
+        assert "no run of task2 under runs/" in capsys.readouterr().err
+        assert main(tiny_study, ["--models", "first", "--epochs", "1"]) == 0
+        (run,) = Path("runs").iterdir()
+        assert re.fullmatch(r"task2-\d{8}-\d{6}", run.name)
+        assert main(tiny_study, ["--resume"]) == 0
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("arguments", "text"),
+        [
+            (["--models", "resnet50"], "--models: got 'resnet50', expected names out of first, second"),
+            (["--models", "first", "first"], "expected each name once"),
+            (["--image-size", "0"], "--image-size: got 0, expected a whole number >= 1"),
+            (["--epochs", "0"], "epochs: got 0, expected a whole number >= 1"),
+            (["--data", "/does/not/exist"], "/does/not/exist"),
+        ],
+    )
+    def test_options(
+        self, tiny_study: Study, tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], text: str
+    ) -> None:
+        assert main(tiny_study, [*arguments, "--output", str(tmp_path / "run")]) == 2
+        error = capsys.readouterr().err
+        assert error.splitlines()[-1].startswith("error: ") and text in error
+
+    def test_device_that_is_not_there(
+        self,
+        tiny_study: Study,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert main(tiny_study, ["--device", "cuda", "--output", str(tmp_path / "run")]) == 2
+        assert "error: device: got 'cuda', but" in capsys.readouterr().err
+
+    def test_earlier_run_is_kept(self, tiny_study: Study, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        arguments = ["--output", str(tmp_path), "--models", "first", "--epochs", "1"]
+        assert main(tiny_study, arguments) == 0
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        assert main(tiny_study, arguments) == 2
+        assert "exists and is not empty; continue it with --resume" in capsys.readouterr().err
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+    def test_resume_with_other_settings(self, tiny_study: Study, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        arguments = ["--output", str(tmp_path), "--models", "first"]
+        assert main(tiny_study, [*arguments, "--epochs", "1"]) == 0
+        assert main(tiny_study, [*arguments, "--epochs", "3", "--resume"]) == 2
+        assert f"--resume: epochs is 1 in {tmp_path}, got 3" in capsys.readouterr().err
+
+    def test_resume_of_the_other_task(self, smoke_runs: dict, capsys: pytest.CaptureFixture) -> None:
+        assert main(load_script("task2").STUDY, ["--resume", "--output", str(smoke_runs["task1"][0])]) == 2
+        assert "is a run of task1, expected task2" in capsys.readouterr().err
+
+    def test_wrong_settings_file(self, tiny_study: Study, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        (tmp_path / "config.json").write_text("{")
+        assert main(tiny_study, ["--resume", "--output", str(tmp_path)]) == 2
+        assert "not a JSON file" in capsys.readouterr().err
+        (tmp_path / "config.json").write_text(json.dumps({"train": TrainConfig().to_dict(), "models": []}))
+        assert main(tiny_study, ["--resume", "--output", str(tmp_path)]) == 2
+        assert "a setting is missing or unknown" in capsys.readouterr().err
+
+    def test_broken_image(
+        self, tiny_study: Study, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    ) -> None:
+        data = tmp_path / "data"
+        data.mkdir()
+        for file in photographs.iterdir():
+            (data / file.name).write_bytes(file.read_bytes())
+        (data / "train3.png").write_bytes(b"no image")
+        arguments = ["--data", str(data), "--models", "first", "--epochs", "1", "--output"]
+        assert main(tiny_study, [*arguments, str(tmp_path / "one")]) == 2
+        assert "train.txt:4" in capsys.readouterr().err
+        with pytest.warns(UserWarning):
+            assert main(tiny_study, [*arguments, str(tmp_path / "two"), "--skip-bad-images"]) == 0
+        assert json.loads((tmp_path / "two" / "results.json").read_text())["images"]["train"] == 39
+
+
+class TestEvaluate:
+    def test_agrees_with_the_run(self, photographs: Path, photograph_run: Path, capsys: pytest.CaptureFixture) -> None:
+        (entry,) = json.loads((photograph_run / "results.json").read_text())["models"].values()
+        checkpoint = photograph_run / "variable_resnet18" / "best.ckpt"
+        arguments = ["--checkpoint", checkpoint, "--data", photographs, "--list", "test.txt", "--device", "cpu"]
+        assert load_script("evaluate").main([*map(str, arguments)]) == 0
+        (line,) = capsys.readouterr().out.splitlines()
+        measured = json.loads(line)
+        assert measured["model"] == "variable_resnet18" and measured["images"] == 15
+        assert measured["accuracy"] == entry["test_acc"]
+        assert measured["channels"] == entry["channels"]
+
+    def test_as_a_program(self, photographs: Path, smoke_runs: dict) -> None:
+        checkpoint = smoke_runs["task2"][0] / "task2_published" / "best.ckpt"
+        done = run_script(
+            "evaluate", "--checkpoint", checkpoint, "--data", photographs, "--list", photographs / "val.txt"
+        )
+        assert done.returncode == 0, done.stderr
+        measured = json.loads(done.stdout)
+        assert measured["images"] == 12 and "channels" not in measured
+
+    @pytest.fixture
+    def checkpoint(self, photograph_run: Path) -> dict:
+        return torch.load(photograph_run / "variable_resnet18" / "best.ckpt", weights_only=True)
+
+    def fails(self, capsys: pytest.CaptureFixture, checkpoint: Path, data: Path, list_file: Path) -> str:
+        arguments = ["--checkpoint", checkpoint, "--data", data, "--list", list_file, "--device", "cpu"]
+        assert load_script("evaluate").main([*map(str, arguments)]) == 2
+        output = capsys.readouterr()
+        assert output.out == ""
+        return output.err
+
+    def fails_in_one_line(self, capsys: pytest.CaptureFixture, checkpoint: Path, data: Path, list_file: Path) -> str:
+        (line,) = self.fails(capsys, checkpoint, data, list_file).splitlines()
+        assert line.startswith("error: checkpoint: ")
+        return line
+
+    def test_checkpoint_of_another_model(
+        self, photographs: Path, tmp_path: Path, checkpoint: dict, capsys: pytest.CaptureFixture
+    ) -> None:
+        checkpoint["dynconv_vision"]["model"] = "resnet34"
+        torch.save(checkpoint, tmp_path / "other.ckpt")
+        line = self.fails_in_one_line(capsys, tmp_path / "other.ckpt", photographs, photographs / "test.txt")
+        assert "does not fit 'resnet34' with 3 classes: " in line
+
+    def test_checkpoint_of_an_unknown_model(
+        self, photographs: Path, tmp_path: Path, checkpoint: dict, capsys: pytest.CaptureFixture
+    ) -> None:
+        checkpoint["dynconv_vision"]["model"] = "resnet99"
+        torch.save(checkpoint, tmp_path / "other.ckpt")
+        line = self.fails_in_one_line(capsys, tmp_path / "other.ckpt", photographs, photographs / "test.txt")
+        assert "holds 'resnet99', which cannot be built here" in line
+
+    def test_checkpoint_of_another_class_count(
+        self, photographs: Path, tmp_path: Path, checkpoint: dict, capsys: pytest.CaptureFixture
+    ) -> None:
+        checkpoint["dynconv_vision"]["classes"] = ["a", "b", "c", "d"]
+        torch.save(checkpoint, tmp_path / "other.ckpt")
+        line = self.fails_in_one_line(capsys, tmp_path / "other.ckpt", photographs, photographs / "test.txt")
+        assert "fc.bias: got shape (3,), expected (4,)" in line
+
+    def test_damaged_and_missing_checkpoints(
+        self, photographs: Path, photograph_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    ) -> None:
+        whole = (photograph_run / "variable_resnet18" / "best.ckpt").read_bytes()
+        (tmp_path / "half.ckpt").write_bytes(whole[: len(whole) // 2])
+        line = self.fails_in_one_line(capsys, tmp_path / "half.ckpt", photographs, photographs / "test.txt")
+        assert "cannot be read: damaged, or no torch checkpoint" in line
+        line = self.fails_in_one_line(capsys, tmp_path / "none.ckpt", photographs, photographs / "test.txt")
+        assert "none.ckpt is not a file" in line
+
+    def test_label_out_of_range(
+        self, photographs: Path, photograph_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    ) -> None:
+        (tmp_path / "list.txt").write_text("test0.png 0\ntest1.png 3\n")
+        checkpoint = photograph_run / "variable_resnet18" / "best.ckpt"
+        error = self.fails(capsys, checkpoint, photographs, tmp_path / "list.txt")
+        assert "error: " in error and "list.txt:2: label out of range" in error
+
+    def test_missing_list(self, photographs: Path, photograph_run: Path, capsys: pytest.CaptureFixture) -> None:
+        checkpoint = photograph_run / "variable_resnet18" / "best.ckpt"
+        assert "no such list file" in self.fails(capsys, checkpoint, photographs, photographs / "none.txt")
