@@ -53,8 +53,10 @@ inline void check_dim(const char* name, const Tensor& tensor, int64_t dim, const
     fail(name, ": got shape ", shape_text(tensor), ", expected ", dim, " dimensions ", layout);
 }
 
-inline void check_same_device(const char* name, const Tensor& tensor, const Tensor& input) {
-  const auto got = tensor.device(), expected = input.device();
+// like: the argument that sets the device or dtype, called like_name.
+inline void check_same_device(const char* name, const Tensor& tensor, const Tensor& like,
+                              const char* like_name = "input") {
+  const auto got = tensor.device(), expected = like.device();
   if (got.type() != expected.type() || got.index() != expected.index()) {
     auto text = [](const auto& device) {
       std::ostringstream stream;
@@ -66,7 +68,8 @@ inline void check_same_device(const char* name, const Tensor& tensor, const Tens
       }
       return stream.str();
     };
-    fail(name, ": got a tensor on ", text(got), ", expected the device of input, ", text(expected));
+    fail(name, ": got a tensor on ", text(got), ", expected the device of ", like_name, ", ",
+         text(expected));
   }
 }
 
@@ -77,18 +80,20 @@ inline void check_floating(const char* name, const Tensor& tensor) {
     fail(name, ".dtype: got ", dtype_name(type), ", expected float32, float64, bfloat16 or float16");
 }
 
-inline void check_same_dtype(const char* name, const Tensor& tensor, const Tensor& input) {
-  if (tensor.scalar_type() != input.scalar_type())
-    fail(name, ".dtype: got ", dtype_name(tensor.scalar_type()), ", expected input.dtype = ",
-         dtype_name(input.scalar_type()));
+inline void check_same_dtype(const char* name, const Tensor& tensor, const Tensor& like,
+                             const char* like_name = "input") {
+  if (tensor.scalar_type() != like.scalar_type())
+    fail(name, ".dtype: got ", dtype_name(tensor.scalar_type()), ", expected ", like_name, ".dtype = ",
+         dtype_name(like.scalar_type()));
 }
 
 // For coordinates and mixing weights, which may stay float32 beside 16-bit tensors.
-inline void check_same_dtype_or_float32(const char* name, const Tensor& tensor, const Tensor& input) {
-  const ScalarType type = tensor.scalar_type(), expected = input.scalar_type();
+inline void check_same_dtype_or_float32(const char* name, const Tensor& tensor, const Tensor& like,
+                                        const char* like_name = "input") {
+  const ScalarType type = tensor.scalar_type(), expected = like.scalar_type();
   const bool half = expected == ScalarType::BFloat16 || expected == ScalarType::Half;
   if (type != expected && !(half && type == ScalarType::Float))
-    fail(name, ".dtype: got ", dtype_name(type), ", expected input.dtype = ", dtype_name(expected),
+    fail(name, ".dtype: got ", dtype_name(type), ", expected ", like_name, ".dtype = ", dtype_name(expected),
          half ? " or float32" : "");
 }
 

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// From tensors to typed memory on the CPU: types as template parameters, layouts, new outputs.
+#pragma once
+
+#include "common/checks.h"
+#include "common/cpu_level.h"
+#include "common/half_types.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+namespace dynconv {
+
+template <class T>
+struct TypeTag {
+  using type = T;
+};
+
+// Calls f with tags of storage_t (in the tensors), acc_t (computed in) and product_t (what a matrix product or a
+// convolution multiplies). 16-bit types multiply in float unless the CPU multiplies bfloat16 itself.
+template <class F>
+void dispatch_types(ScalarType type, F f) {
+  switch (type) {
+    case ScalarType::Float: return f(TypeTag<float>(), TypeTag<float>(), TypeTag<float>());
+    case ScalarType::Double: return f(TypeTag<double>(), TypeTag<double>(), TypeTag<double>());
+    case ScalarType::Half: return f(TypeTag<float16>(), TypeTag<float>(), TypeTag<float>());
+    default:
+      if (has_native_bfloat16()) return f(TypeTag<bfloat16>(), TypeTag<float>(), TypeTag<bfloat16>());
+      return f(TypeTag<bfloat16>(), TypeTag<float>(), TypeTag<float>());
+  }
+}
+
+inline StorageType storage_type_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return StorageType::float32;
+    case ScalarType::Double: return StorageType::float64;
+    case ScalarType::BFloat16: return StorageType::bfloat16;
+    default: return StorageType::float16;
+  }
+}
+
+template <class T>
+const T* const_data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+template <class T>
+const T* const_data(const std::optional<Tensor>& tensor) {
+  return tensor ? const_data<T>(*tensor) : nullptr;
+}
+// null for an empty tensor: a gradient that is not wanted.
+template <class T>
+T* mutable_data(Tensor& tensor) {
+  return tensor.numel() ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
+}
+
+// The tensor, or a copy of it, dense in one of the library's two layouts.
+inline Tensor dense(const Tensor& tensor, bool channels_last) {
+  return channels_last ? tensor : torch::stable::contiguous(tensor);
+}
+inline std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
+}
+
+inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, bool channels_last = false) {
+  using torch::headeronly::MemoryFormat;
+  return torch::stable::empty({shape.data(), shape.size()}, like.scalar_type(), std::nullopt, like.device(),
+                              std::nullopt, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+// An output of a backward: of shape (0,) where not wanted.
+inline Tensor new_gradient(bool wanted, const Tensor& like, const std::vector<int64_t>& shape,
+                           bool channels_last = false) {
+  return wanted ? new_tensor(like, shape, channels_last) : new_tensor(like, {0});
+}
+
+}  // namespace dynconv

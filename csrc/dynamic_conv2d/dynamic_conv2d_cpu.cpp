@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// CPU backend of aggregate_kernels and dynamic_conv2d. The kernels of all samples are never in memory at once, unless
+// aggregate_kernels is asked for them.
+#include "dynamic_conv2d/dynamic_conv2d_cpu.h"
+#include "dynamic_conv2d/dynamic_conv2d_cpu_samples.h"
+#include "dynamic_conv2d/dynamic_conv2d_params.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+namespace dynconv {
+namespace {
+
+template <class acc_t>
+ScalarReader<acc_t> reader_of(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), storage_type_of(tensor)};
+}
+template <class acc_t>
+ScalarWriter<acc_t> writer_of(Tensor& tensor) {
+  return {tensor.mutable_data_ptr(), storage_type_of(tensor)};
+}
+
+// Calls f with tags of storage_t, acc_t, product_t.
+template <class F>
+void dispatch(const Tensor& tensor, F f) {
+  dispatch_types(tensor.scalar_type(), f);
+}
+
+// ------------------------------------------------------------------------------------------------- aggregate_kernels
+
+std::tuple<Tensor, Tensor> aggregate_kernels_cpu(const Tensor& weight, const Tensor& attention,
+                                                 const std::optional<Tensor>& bias,
+                                                 const std::optional<double>& temperature) {
+  const KernelBankParams p = make_params(weight, attention, bias, temperature);
+  Tensor kernels = new_tensor(weight, {p.batch, p.out_channels, weight.size(2), weight.size(3), weight.size(4)});
+  Tensor biases = new_gradient(bias.has_value(), weight, {p.batch, p.out_channels});
+  if (p.batch == 0) return {kernels, biases};
+  const Tensor w = dense(weight, false), a = dense(attention, false);
+  const std::optional<Tensor> b = dense(bias);
+  dispatch(weight, [&]<class S, class A, class P>(TypeTag<S>, TypeTag<A>, TypeTag<P>) {
+    // The tensors' own type takes the place of the product's: the kernels are a result.
+    const auto& k = dynamic_kernels<S, A, S>();
+    const Buffer<A> mix = mixing_weights_of(p, reader_of<A>(a));
+    const int64_t size = p.kernel_size();
+    S* out = mutable_data<S>(kernels);
+    torch::stable::parallel_for(0, blocks_of(size, kBankBlock), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t from = block * kBankBlock;
+        k.mix(const_data<S>(w) + from, size, p.num_kernels, mix.data(), p.batch, std::min(kBankBlock, size - from),
+              out + from, size);
+      }
+    });
+    for (int64_t n = 0; b && n < p.batch; ++n)
+      mix_bias(p, const_data<S>(b), mix.data() + n * p.num_kernels, mutable_data<S>(biases) + n * p.out_channels);
+  });
+  return {kernels, biases};
+}
+
+std::tuple<Tensor, Tensor, Tensor> aggregate_kernels_backward_cpu(
+    const Tensor& grad_kernels, const std::optional<Tensor>& grad_biases, const Tensor& weight, const Tensor& attention,
+    const std::optional<Tensor>& bias, const std::optional<double>& temperature, const std::vector<bool>& output_mask) {
+  const KernelBankParams p = make_params(weight, attention, bias, temperature);
+  check_grad_kernels(grad_kernels, grad_biases, weight, p);
+  if (grad_biases.has_value() && !bias) fail("grad_biases: got a tensor, expected None without a bias");
+  if (output_mask.size() != 3) fail("output_mask: got ", output_mask.size(), " values, expected 3");
+  Tensor grad_weight = new_gradient(output_mask[0], weight,
+                                    {p.num_kernels, p.out_channels, weight.size(2), weight.size(3), weight.size(4)});
+  Tensor grad_attention = new_gradient(output_mask[1], attention, {p.batch, p.num_kernels});
+  const bool want_bias = output_mask[2] && bias;
+  Tensor grad_bias = new_gradient(want_bias, weight, {p.num_kernels, p.out_channels});
+  if (p.batch == 0 || (want_bias && !grad_biases)) torch::stable::zero_(grad_bias);
+  if (p.batch == 0) {
+    torch::stable::zero_(grad_weight);
+    return {grad_weight, grad_attention, grad_bias};
+  }
+  const Tensor g = dense(grad_kernels, false), w = dense(weight, false), a = dense(attention, false);
+  const std::optional<Tensor> gb = dense(grad_biases), b = dense(bias);
+  dispatch(weight, [&]<class S, class A, class P>(TypeTag<S>, TypeTag<A>, TypeTag<P>) {
+    const auto& k = dynamic_kernels<S, A, S>();
+    const Buffer<A> mix = mixing_weights_of(p, reader_of<A>(a));
+    const int64_t size = p.kernel_size(), blocks = blocks_of(size, kBankBlock);
+    GradBank<S, A> grad_bank(mutable_data<S>(grad_weight), p.num_kernels * size);
+    Buffer<A> grad_mix(output_mask[1] ? p.batch * p.num_kernels : 0);
+    grad_mix.zero();
+    BlockDots<A> dots(output_mask[1], blocks, p.batch * p.num_kernels);
+    if (output_mask[0] || output_mask[1])
+      torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t block = begin; block < end; ++block) {
+          const int64_t from = block * kBankBlock, length = std::min(kBankBlock, size - from);
+          A* sums = grad_bank.sums() ? grad_bank.sums() + from : nullptr;
+          for (int64_t j = 0; sums && j < p.num_kernels; ++j) std::fill_n(sums + j * size, length, A(0));
+          k.unmix(const_data<S>(w) + from, size, const_data<S>(g) + from, size, mix.data(), p.num_kernels, p.batch,
+                  length, sums, size, dots.of(block));
+          for (int64_t j = 0; sums && j < p.num_kernels; ++j)
+            grad_bank.finish(k.from_acc, j * size + from, j * size + from + length);
+        }
+      });
+    dots.add_to(grad_mix.data(), p.batch * p.num_kernels);
+    if (gb)
+      unmix_bias(p, const_data<S>(b), mix.data(), const_data<S>(gb), grad_mix.data(), mutable_data<S>(grad_bias));
+    if (output_mask[1]) write_grad_attention(p, mix.data(), grad_mix.data(), writer_of<A>(grad_attention));
+  });
+  return {grad_weight, grad_attention, grad_bias};
+}
+
+// ---------------------------------------------------------------------------------------------------- dynamic_conv2d
+
+Tensor dynamic_conv2d_cpu(const Tensor& input, const Tensor& weight, const Tensor& attention,
+                          const std::optional<Tensor>& bias, const std::vector<int64_t>& stride,
+                          const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
+                          const std::optional<double>& temperature) {
+  const DynamicConv2dParams p =
+      make_params(input, weight, attention, bias, stride, padding, dilation, groups, temperature);
+  Tensor out = new_tensor(input, {p.batch, p.out_channels, p.out_height, p.out_width}, p.channels_last);
+  if (p.batch == 0) return out;
+  const Tensor x = dense(input, p.channels_last), w = dense(weight, false), a = dense(attention, false);
+  const std::optional<Tensor> b = dense(bias);
+  dispatch(input, [&]<class S, class A, class P>(TypeTag<S>, TypeTag<A>, TypeTag<P>) {
+    const Buffer<A> mix = mixing_weights_of(p.bank, reader_of<A>(a));
+    const DynamicTensors<S> tensors{const_data<S>(x), const_data<S>(w), const_data<S>(b), nullptr, false};
+    DynamicSamples<S, A, P>(p, tensors, mix.data()).forward(mutable_data<S>(out));
+  });
+  return out;
+}
+
+// (N, O): sums of grad_out over pixels.
+template <class S, class A>
+Buffer<A> pixel_sums(const DynamicConv2dParams& p, const DynamicTensors<S>& t) {
+  const auto& k = dynamic_kernels<S, A, S>();
+  Buffer<A> sums(p.batch * p.out_channels);
+  sums.zero();
+  const int64_t pixels = p.out_pixels();
+  torch::stable::parallel_for(0, p.batch, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const S* grad = t.grad_out + n * p.out_channels * pixels;
+      A* sum = sums.data() + n * p.out_channels;
+      if (t.grad_out_channels_last)
+        for (int64_t i = 0; i < pixels; ++i) k.add_row(grad + i * p.out_channels, sum, p.out_channels);
+      else
+        for (int64_t o = 0; o < p.out_channels; ++o) sum[o] = k.sum_row(grad + o * pixels, pixels);
+    }
+  });
+  return sums;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_conv2d_backward_cpu(
+    const Tensor& grad_out, const Tensor& input, const Tensor& weight, const Tensor& attention,
+    const std::optional<Tensor>& bias, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+    const std::vector<int64_t>& dilation, int64_t groups, const std::optional<double>& temperature,
+    const std::vector<bool>& output_mask) {
+  const DynamicConv2dParams p =
+      make_params(input, weight, attention, bias, stride, padding, dilation, groups, temperature);
+  check_grad_out(grad_out, input, p);
+  if (output_mask.size() != 4) fail("output_mask: got ", output_mask.size(), " values, expected 4");
+  const bool want_attention = output_mask[2], want_bias = output_mask[3] && bias;
+  Tensor grad_input =
+      new_gradient(output_mask[0], input, {p.batch, p.channels, p.height, p.width}, p.channels_last);
+  Tensor grad_weight = new_gradient(
+      output_mask[1], weight,
+      {p.bank.num_kernels, p.out_channels, p.group_channels(), p.kernel_height, p.kernel_width});
+  Tensor grad_attention = new_gradient(want_attention, attention, {p.batch, p.bank.num_kernels});
+  Tensor grad_bias = new_gradient(want_bias, weight, {p.bank.num_kernels, p.out_channels});
+  if (p.batch == 0) {
+    torch::stable::zero_(grad_weight);
+    torch::stable::zero_(grad_bias);
+    return {grad_input, grad_weight, grad_attention, grad_bias};
+  }
+  const bool grad_channels_last = is_channels_last(grad_out);
+  const Tensor g = dense(grad_out, grad_channels_last), x = dense(input, p.channels_last), w = dense(weight, false),
+               a = dense(attention, false);
+  const std::optional<Tensor> b = dense(bias);
+  dispatch(input, [&]<class S, class A, class P>(TypeTag<S>, TypeTag<A>, TypeTag<P>) {
+    const Buffer<A> mix = mixing_weights_of(p.bank, reader_of<A>(a));
+    const DynamicTensors<S> tensors{const_data<S>(x), const_data<S>(w), const_data<S>(b), const_data<S>(g),
+                                    grad_channels_last};
+    Buffer<A> grad_mix(want_attention ? p.batch * p.bank.num_kernels : 0);
+    grad_mix.zero();
+    const DynamicGradients<S, A> wanted{mutable_data<S>(grad_input), mutable_data<S>(grad_weight),
+                                        mutable_data<S>(grad_bias), grad_mix.data()};
+    DynamicSamples<S, A, P>(p, tensors, mix.data()).backward(wanted);
+    if (b && (want_bias || want_attention)) {
+      const Buffer<A> sums = pixel_sums<S, A>(p, tensors);
+      unmix_bias(p.bank, tensors.bias, mix.data(), sums.data(), wanted.mix, wanted.bias);
+    }
+    if (want_attention) write_grad_attention(p.bank, mix.data(), grad_mix.data(), writer_of<A>(grad_attention));
+  });
+  return {grad_input, grad_weight, grad_attention, grad_bias};
+}
+
+}  // namespace
+}  // namespace dynconv
+
+STABLE_TORCH_LIBRARY_IMPL(dynconv_ext, CPU, m) {
+  m.impl("aggregate_kernels", TORCH_BOX(&dynconv::aggregate_kernels_cpu));
+  m.impl("aggregate_kernels_backward", TORCH_BOX(&dynconv::aggregate_kernels_backward_cpu));
+  m.impl("dynamic_conv2d", TORCH_BOX(&dynconv::dynamic_conv2d_cpu));
+  m.impl("dynamic_conv2d_backward", TORCH_BOX(&dynconv::dynamic_conv2d_backward_cpu));
+}

@@ -1,0 +1,504 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Dynamic convolution: fake kernels, autograd Functions, registration, autocast, functions, module."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import init
+
+from dynconv_ext import _extension
+from dynconv_ext._registration import check_tensor, double_backward, empty_like_layout, pair, register_autocast
+from dynconv_ext.reference.dynamic_conv2d import aggregate_kernels as reference_aggregate_kernels
+from dynconv_ext.reference.dynamic_conv2d import dynamic_conv2d as reference_dynamic_conv2d
+
+# ------------------------------------------------------------------------------------------------------ fake kernels
+
+
+def _gradient(wanted: bool, like: Tensor, shape: Any) -> Tensor:
+    return like.new_empty(tuple(shape) if wanted else (0,))
+
+
+def _fake_aggregate(weight, attention, bias, temperature):
+    kernels = weight.new_empty((attention.shape[0], *weight.shape[1:]))
+    return kernels, _gradient(bias is not None, weight, (attention.shape[0], weight.shape[1]))
+
+
+def _fake_aggregate_backward(grad_kernels, grad_biases, weight, attention, bias, temperature, output_mask):
+    return (
+        _gradient(output_mask[0], weight, weight.shape),
+        _gradient(output_mask[1], attention, attention.shape),
+        _gradient(output_mask[2] and bias is not None, weight, weight.shape[:2]),
+    )
+
+
+def _fake(input, weight, attention, bias, stride, padding, dilation, groups, temperature):
+    sizes = [
+        (input.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[3 + i] - 1) - 1) // stride[i] + 1
+        for i in (0, 1)
+    ]
+    return empty_like_layout(input, (input.shape[0], weight.shape[1], *sizes))
+
+
+def _fake_backward(
+    grad_out, input, weight, attention, bias, stride, padding, dilation, groups, temperature, output_mask
+):
+    return (
+        empty_like_layout(input, input.shape) if output_mask[0] else input.new_empty((0,)),
+        _gradient(output_mask[1], weight, weight.shape),
+        _gradient(output_mask[2], attention, attention.shape),
+        _gradient(output_mask[3] and bias is not None, weight, weight.shape[:2]),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- autograd
+
+
+def _wanted(grads: tuple[Tensor | None, ...], output_mask: list[bool]) -> list[Tensor | None]:
+    return [g if wanted else None for g, wanted in zip(grads, output_mask, strict=True)]
+
+
+class AggregateKernelsFunction(torch.autograd.Function):
+    """aggregate_kernels with its backward; the autograd formula of torch.ops.dynconv_ext.aggregate_kernels."""
+
+    @staticmethod
+    def forward(weight, attention, bias, temperature):
+        return torch.ops.dynconv_ext.aggregate_kernels(weight, attention, bias, temperature)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        weight, attention, bias, temperature = inputs
+        ctx.save_for_backward(weight, attention, bias)
+        ctx.temperature = temperature
+        ctx.output_mask = [ctx.needs_input_grad[i] and inputs[i] is not None for i in range(3)]
+
+    @staticmethod
+    def backward(ctx, grad_kernels, grad_biases):
+        weight, attention, bias = ctx.saved_tensors
+        grads = torch.ops.dynconv_ext.aggregate_kernels_backward(
+            grad_kernels, None if bias is None else grad_biases, weight, attention, bias, ctx.temperature,
+            ctx.output_mask,
+        )  # fmt: skip
+        grad_weight, grad_attention, grad_bias = _wanted(grads, ctx.output_mask)
+        return (
+            grad_weight,
+            grad_attention,
+            grad_bias,
+            None,  # temperature
+        )
+
+
+class AggregateKernelsBackwardFunction(torch.autograd.Function):
+    """aggregate_kernels_backward with its own backward (double backward), through the reference formula."""
+
+    @staticmethod
+    def forward(grad_kernels, grad_biases, weight, attention, bias, temperature, output_mask):
+        return torch.ops.dynconv_ext.aggregate_kernels_backward(
+            grad_kernels, grad_biases, weight, attention, bias, temperature, output_mask
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        grad_kernels, grad_biases, weight, attention, bias, temperature, output_mask = inputs
+        ctx.save_for_backward(grad_kernels, grad_biases, weight, attention, bias)
+        ctx.temperature = temperature
+        ctx.output_mask = output_mask
+
+    @staticmethod
+    def backward(ctx, *grads):
+        grad_kernels, grad_biases, weight, attention, bias = ctx.saved_tensors
+
+        # Both outputs as one, so that the gradients that came into the backward are one tensor as well.
+        def formula(weight, attention, bias):
+            outputs = reference_aggregate_kernels(weight, attention, bias, ctx.temperature)
+            return torch.cat([t.flatten(1) for t in outputs if t is not None], dim=1)
+
+        if bias is not None and grad_biases is None:
+            grad_biases = grad_kernels.new_zeros((grad_kernels.shape[0], bias.shape[1]))
+        incoming = torch.cat([t.flatten(1) for t in (grad_kernels, grad_biases) if t is not None], dim=1)
+        (grad_weight, grad_attention, grad_bias), grad_incoming = double_backward(
+            formula, [weight, attention, bias], incoming, _wanted(grads, ctx.output_mask)
+        )
+        size = grad_kernels[0].numel() if grad_kernels.shape[0] else math.prod(grad_kernels.shape[1:])
+        first = None if grad_incoming is None else grad_incoming[:, :size].reshape(grad_kernels.shape)
+        second = None if grad_incoming is None or ctx.saved_tensors[1] is None else grad_incoming[:, size:]
+        return (
+            first,
+            second,
+            grad_weight,
+            grad_attention,
+            grad_bias,
+            None,  # temperature
+            None,  # output_mask
+        )
+
+
+class DynamicConv2dFunction(torch.autograd.Function):
+    """dynamic_conv2d with its backward; registered as the autograd formula of torch.ops.dynconv_ext.dynamic_conv2d."""
+
+    @staticmethod
+    def forward(input, weight, attention, bias, stride, padding, dilation, groups, temperature):
+        return torch.ops.dynconv_ext.dynamic_conv2d(
+            input, weight, attention, bias, stride, padding, dilation, groups, temperature
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, weight, attention, bias, *geometry = inputs
+        # The bank and the inputs, never the mixed kernels: they are N / K times as large.
+        ctx.save_for_backward(input, weight, attention, bias)
+        ctx.geometry = geometry
+        ctx.output_mask = [ctx.needs_input_grad[i] and inputs[i] is not None for i in range(4)]
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        input, weight, attention, bias = ctx.saved_tensors
+        grads = torch.ops.dynconv_ext.dynamic_conv2d_backward(
+            grad_out, input, weight, attention, bias, *ctx.geometry, ctx.output_mask
+        )
+        grad_input, grad_weight, grad_attention, grad_bias = _wanted(grads, ctx.output_mask)
+        return (
+            grad_input,
+            grad_weight,
+            grad_attention,
+            grad_bias,
+            None,  # stride
+            None,  # padding
+            None,  # dilation
+            None,  # groups
+            None,  # temperature
+        )
+
+
+class DynamicConv2dBackwardFunction(torch.autograd.Function):
+    """dynamic_conv2d_backward with its own backward (double backward), through the reference formula."""
+
+    @staticmethod
+    def forward(
+        grad_out, input, weight, attention, bias, stride, padding, dilation, groups, temperature, output_mask
+    ):
+        return torch.ops.dynconv_ext.dynamic_conv2d_backward(
+            grad_out, input, weight, attention, bias, stride, padding, dilation, groups, temperature, output_mask
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        grad_out, input, weight, attention, bias, *geometry, output_mask = inputs
+        ctx.save_for_backward(grad_out, input, weight, attention, bias)
+        ctx.geometry = geometry
+        ctx.output_mask = output_mask
+
+    @staticmethod
+    def backward(ctx, *grads):
+        grad_out, input, weight, attention, bias = ctx.saved_tensors
+
+        def formula(input, weight, attention, bias):
+            return reference_dynamic_conv2d(input, weight, attention, bias, *ctx.geometry)
+
+        (grad_input, grad_weight, grad_attention, grad_bias), grad_grad_out = double_backward(
+            formula, [input, weight, attention, bias], grad_out, _wanted(grads, ctx.output_mask)
+        )
+        return (
+            grad_grad_out,
+            grad_input,
+            grad_weight,
+            grad_attention,
+            grad_bias,
+            None,  # stride
+            None,  # padding
+            None,  # dilation
+            None,  # groups
+            None,  # temperature
+            None,  # output_mask
+        )
+
+
+# -------------------------------------------------------------------------------------------- registration, autocast
+
+_library: torch.library.Library | None = None
+
+
+def _register() -> None:
+    global _library
+    _library = torch.library.Library("dynconv_ext", "FRAGMENT")
+    for name, fake, function in (
+        ("aggregate_kernels", _fake_aggregate, AggregateKernelsFunction),
+        ("aggregate_kernels_backward", _fake_aggregate_backward, AggregateKernelsBackwardFunction),
+        ("dynamic_conv2d", _fake, DynamicConv2dFunction),
+        ("dynamic_conv2d_backward", _fake_backward, DynamicConv2dBackwardFunction),
+    ):
+        qualified = f"dynconv_ext::{name}"
+        torch.library.register_fake(qualified, fake, lib=_library)
+        torch.library.register_autograd(
+            qualified, function.backward, setup_context=function.setup_context, lib=_library
+        )
+    # Attention keeps its dtype: the softmax is computed in float32 anyway.
+    register_autocast(_library, "aggregate_kernels", lowered=(0, 2))
+    register_autocast(_library, "dynamic_conv2d", lowered=(0, 1, 3))
+
+
+if _extension.loaded:
+    _register()
+
+# --------------------------------------------------------------------------------------------------------- functions
+
+
+def _temperature(value: float | None) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool | str | Tensor) or not hasattr(value, "__float__"):
+        raise TypeError(f"temperature: got {value!r}, expected a number or None")
+    return float(value)
+
+
+def aggregate_kernels(
+    weight: Tensor, attention: Tensor, bias: Tensor | None = None, temperature: float | None = None
+) -> tuple[Tensor, Tensor | None]:
+    r"""Mixes a bank of kernels by a sample's attention.
+
+    .. math:: W[n] = \sum_k a[n,k] \; weight[k], \qquad b[n] = \sum_k a[n,k] \; bias[k]
+
+    :func:`dynamic_conv2d` does this without ever holding the kernels of all samples; prefer it where a convolution
+    follows.
+
+    Args:
+        weight: (K, O, C / groups, kH, kW), the bank of K kernels.
+        attention: (N, K). Without a temperature the mixing weights themselves, any real values (sigmoid routing, too).
+        bias: (K, O).
+        temperature: T > 0: attention are logits and the mixing weights softmax(attention / T).
+
+    float32, float64, bfloat16 and float16; sums are float32 (float64 for float64). Attention may be float32 beside a
+    16-bit weight; autocast lowers weight and bias only.
+
+    Returns:
+        Always a pair: kernels (N, O, C / groups, kH, kW), and biases (N, O), or None without a bias.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit; names the argument, what came and what was expected.
+        TypeError: an argument is no tensor, or temperature no number.
+        ImportError: the compiled library is missing.
+
+    Example:
+        >>> bank = torch.stack([torch.zeros(2, 3, 1, 1), torch.ones(2, 3, 1, 1)])
+        >>> kernels, biases = aggregate_kernels(bank, torch.tensor([[0.25, 0.75]]))
+        >>> kernels.shape, kernels.unique(), biases
+        (torch.Size([1, 2, 3, 1, 1]), tensor([0.7500]), None)
+
+    Source: Yang et al. 2019, arXiv:1904.04971; Chen et al. 2020, arXiv:1912.03458, eq. 2.
+    """
+    _extension.require()
+    check_tensor("weight", weight)
+    check_tensor("attention", attention)
+    check_tensor("bias", bias, optional=True)
+    kernels, biases = torch.ops.dynconv_ext.aggregate_kernels(weight, attention, bias, _temperature(temperature))
+    return kernels, None if bias is None else biases
+
+
+def dynamic_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    attention: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    temperature: float | None = None,
+) -> Tensor:
+    r"""Convolves every sample with its own mix of K kernels.
+
+    .. math::
+        W[n] = \sum_k a[n,k] \; weight[k], \qquad out[n] = conv2d(input[n],\; W[n],\; \textstyle\sum_k a[n,k] \; bias[k])
+
+    The kernels of all samples are never in memory at once, neither here nor in the backward pass, and never saved for
+    it.
+
+    Args:
+        input: (N, C, H, W), contiguous or channels_last; the output has the same layout.
+        weight: (K, O, C / groups, kH, kW), the bank of K kernels.
+        attention: (N, K). Without a temperature the mixing weights themselves, any real values (sigmoid routing, too).
+        bias: (K, O).
+        stride: step of the kernel, in input pixels.
+        padding: zeros assumed around the input, in pixels.
+        dilation: distance of the taps, in pixels.
+        groups: as in torch.nn.functional.conv2d.
+        temperature: T > 0: attention are logits and the mixing weights softmax(attention / T).
+
+    float32, float64, bfloat16 and float16; sums are float32 (float64 for float64). Attention may be float32 beside
+    16-bit input and weight; autocast lowers input, weight and bias only.
+
+    Returns:
+        (N, O, Ho, Wo).
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit; names the argument, what came and what was expected.
+        TypeError: an argument is no tensor, no int or pair of ints, or temperature no number.
+        ImportError: the compiled library is missing.
+
+    Example:
+        >>> x, bank = torch.ones(1, 3, 8, 8), torch.ones(4, 6, 3, 3, 3)
+        >>> out = dynamic_conv2d(x, bank, torch.zeros(1, 4), padding=1, temperature=30.0)
+        >>> torch.equal(out, nn.functional.conv2d(x, bank[0], padding=1))
+        True
+
+    Source: Yang et al. 2019, arXiv:1904.04971, sec. 3; Chen et al. 2020, arXiv:1912.03458, eq. 1-3.
+    """
+    _extension.require()
+    check_tensor("input", input)
+    check_tensor("weight", weight)
+    check_tensor("attention", attention)
+    check_tensor("bias", bias, optional=True)
+    return torch.ops.dynconv_ext.dynamic_conv2d(
+        input,
+        weight,
+        attention,
+        bias,
+        pair("stride", stride),
+        pair("padding", padding),
+        pair("dilation", dilation),
+        groups,
+        _temperature(temperature),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ module
+
+
+class DynamicConv2d(nn.Module):
+    """Dynamic convolution with its attention: squeeze-and-excitation over kernels instead of channels.
+
+    ``attention = softmax(fc2(relu(fc1(mean of input over pixels))) / temperature)``. Drop-in for nn.Conv2d.
+
+    The temperature is a buffer, hence in the state_dict. It starts high, so that all kernels learn, and goes down to 1
+    early in training: call :meth:`anneal` once an epoch, or :meth:`set_temperature` for a schedule of your own.
+
+    Args:
+        in_channels: C.
+        out_channels: O.
+        kernel_size: (kH, kW).
+        stride, padding, dilation, groups: as in :func:`dynamic_conv2d`.
+        bias: whether to learn a bias for each kernel.
+        num_kernels: K.
+        reduction: fc1 has max(4, C // reduction) outputs.
+        temperature: the temperature to start with.
+        device, dtype: of the parameters.
+
+    Attributes:
+        weight: (K, O, C / groups, kH, kW).
+        bias: (K, O) or None.
+        fc1, fc2: the attention's layers.
+        temperature: buffer, one number.
+
+    Source: Chen et al. 2020, arXiv:1912.03458, sec. 3 and 4.
+    """
+
+    temperature: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        num_kernels: int = 4,
+        reduction: int = 4,
+        temperature: float = 30.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("groups", groups), ("num_kernels", num_kernels), ("reduction", reduction)):
+            if value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1")
+        for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if value < 1 or value % groups != 0:
+                raise ValueError(f"{name}: got {value}, expected a positive multiple of groups = {groups}")
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.num_kernels = num_kernels
+        self.kernel_size = tuple(pair("kernel_size", kernel_size))
+        self.stride = tuple(pair("stride", stride))
+        self.padding = tuple(pair("padding", padding))
+        self.dilation = tuple(pair("dilation", dilation))
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        shape = (num_kernels, out_channels, in_channels // groups, *self.kernel_size)
+        self.weight = nn.Parameter(torch.empty(shape, **options))
+        self.bias = nn.Parameter(torch.empty(num_kernels, out_channels, **options)) if bias else None
+        hidden = max(4, in_channels // reduction)
+        self.fc1 = nn.Linear(in_channels, hidden, **options)
+        self.fc2 = nn.Linear(hidden, num_kernels, **options)
+        self.initial_temperature = self._checked(temperature)
+        self.register_buffer("temperature", torch.tensor(self.initial_temperature, **options))
+        self.reset_parameters()
+
+    @staticmethod
+    def _checked(temperature: float) -> float:
+        value = _temperature(temperature)
+        if value is None or not 0 < value < math.inf:
+            raise ValueError(f"temperature: got {temperature!r}, expected a finite number > 0")
+        return value
+
+    def reset_parameters(self) -> None:
+        """Each kernel and its bias like nn.Conv2d's, the attention like nn.Linear's; the temperature to its start."""
+        for kernel in self.weight:
+            init.kaiming_uniform_(kernel, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.weight[0, 0].numel())
+            init.uniform_(self.bias, -bound, bound)
+        self.fc1.reset_parameters()
+        self.fc2.reset_parameters()
+        self.set_temperature(self.initial_temperature)
+
+    def set_temperature(self, value: float) -> None:
+        """Sets the softmax temperature, a finite number > 0."""
+        self.temperature.fill_(self._checked(value))
+
+    def anneal(self, progress: float, until: float = 1 / 3) -> None:
+        """Linear schedule: from the initial temperature at progress 0 down to 1 at ``until``, then 1.
+
+        Args:
+            progress: part of the training done, in 0..1, for instance epoch / epochs.
+            until: part of the training over which the temperature falls.
+
+        Raises:
+            ValueError: progress is not in 0..1 or until not in (0, 1].
+        """
+        if not 0 <= progress <= 1:
+            raise ValueError(f"progress: got {progress}, expected 0 <= progress <= 1")
+        if not 0 < until <= 1:
+            raise ValueError(f"until: got {until}, expected 0 < until <= 1")
+        rest = max(0.0, 1 - progress / until)
+        self.set_temperature(1 + (self.initial_temperature - 1) * rest)
+
+    def attention(self, input: Tensor) -> Tensor:
+        """Logits over the kernels, divided by the temperature: (N, C, H, W) -> (N, K)."""
+        logits = self.fc2(torch.relu(self.fc1(input.mean((2, 3)))))
+        # The buffer stays a tensor: reading it as a number would wait for a GPU, and break a compiled graph.
+        return logits / self.temperature
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input (N, C, H, W) -> (N, O, Ho, Wo)."""
+        return dynamic_conv2d(
+            input,
+            self.weight,
+            self.attention(input),
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            temperature=1.0,
+        )
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        text += f", padding={self.padding}" if self.padding != (0, 0) else ""
+        text += f", dilation={self.dilation}" if self.dilation != (1, 1) else ""
+        text += f", groups={self.groups}" if self.groups != 1 else ""
+        return text + (", bias=False" if self.bias is None else "") + f", num_kernels={self.num_kernels}"
