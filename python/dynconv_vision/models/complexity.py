@@ -113,11 +113,58 @@ def dynamic_conv2d_flops(
     return product + aggregate_kernels_flops(weight, attention, bias)
 
 
+def aggregate_kernels_backward_flops(
+    grad_kernels: Shape,
+    grad_biases: Shape | None,
+    weight: Shape,
+    attention: Shape,
+    bias: Shape | None,
+    temperature: float | None,
+    output_mask: Sequence[bool],
+    *,
+    out_shape: object = None,
+) -> int:
+    """Operations of the backward operator of ``aggregate_kernels``, from the shapes of its arguments."""
+    need_weight, need_attention, need_bias = output_mask
+    of_kernels, of_biases = 2 * attention[0] * prod(weight), 2 * attention[0] * (prod(bias) if bias else 0)
+    return of_kernels * (need_weight + need_attention) + of_biases * (need_bias + need_attention)
+
+
+def dynamic_conv2d_backward_flops(
+    grad_out: Shape,
+    input: Shape,
+    weight: Shape,
+    attention: Shape,
+    bias: Shape | None,
+    stride: Shape,
+    padding: Shape,
+    dilation: Shape,
+    groups: int,
+    temperature: float | None,
+    output_mask: Sequence[bool],
+    *,
+    out_shape: object = None,
+) -> int:
+    """Operations of the backward operator of ``dynamic_conv2d``, from the shapes of its arguments."""
+    need_input, need_weight, need_attention, need_bias = output_mask
+    product = 2 * input[0] * prod(weight[1:]) * prod(grad_out[2:])
+    total = 0
+    if need_input:
+        total += product + aggregate_kernels_flops(weight, attention)  # the kernels are not kept, so mixed again
+    if need_weight or need_attention:
+        total += product  # the gradient of the mixed kernels
+    return total + aggregate_kernels_backward_flops(
+        (), None, weight, attention, bias, temperature, (need_weight, need_attention, need_bias)
+    )
+
+
 _FORMULAS: dict[str, Callable[..., int]] = {
     "deform_conv2d": deform_conv2d_flops,
     "deform_conv2d_backward": deform_conv2d_backward_flops,
     "aggregate_kernels": aggregate_kernels_flops,
+    "aggregate_kernels_backward": aggregate_kernels_backward_flops,
     "dynamic_conv2d": dynamic_conv2d_flops,
+    "dynamic_conv2d_backward": dynamic_conv2d_backward_flops,
 }
 
 

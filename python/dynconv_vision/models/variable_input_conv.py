@@ -106,7 +106,7 @@ class VariableInputConv(nn.Module):
             missing; the scale is then each group's own, and a group without channels gives its bias alone.
         bias: Whether there is one.
         num_kernels: K.
-        temperature: Of the softmax, at first; see :meth:`set_temperature` and :meth:`update_temperature`.
+        temperature: Of the softmax, at first; see :meth:`update_temperature` and :meth:`set_temperature`.
         channels: Names of the C channels of the table.
 
     Shape:
@@ -163,6 +163,7 @@ class VariableInputConv(nn.Module):
         else:
             self.register_parameter("bias", None)
         self.attention = SharedChannelAttention(num_kernels)
+        self.initial_temperature = temperature
         self.register_buffer("temperature", torch.tensor(1.0))
         self.set_temperature(temperature)
         self.reset_parameters()
@@ -194,23 +195,23 @@ class VariableInputConv(nn.Module):
             raise ValueError(f"temperature: got {temperature}, expected a positive number")
         self.temperature.fill_(temperature)
 
-    def update_temperature(self, epoch: float, *, epochs: float = 10.0, start: float = 30.0, end: float = 1.0) -> None:
-        """Anneal the temperature linearly from ``start`` at epoch 0 to ``end`` at epoch ``epochs``, where it stays.
+    def update_temperature(self, epoch: float, *, epochs: float = 10.0) -> None:
+        """Linear schedule: from the first temperature at epoch 0 down to 1 at epoch ``epochs``, then 1.
 
-        Near-uniform mixing at first trains all kernels; the defaults are those of Chen et al., CVPR 2020, section 3.3.
+        Near-uniform mixing at first trains all kernels. The default is that of Chen et al., CVPR 2020, section 3.3.
 
         Args:
             epoch: Epochs done, fractions allowed.
-            epochs: Length of the way from ``start`` to ``end``, in epochs.
-            start: Temperature at first.
-            end: Temperature at last.
+            epochs: Over how many epochs the temperature falls.
 
         Raises:
             ValueError: If ``epoch`` is negative or ``epochs`` is not positive.
         """
-        if epoch < 0 or epochs <= 0:
-            raise ValueError(f"epoch, epochs: got {epoch} and {epochs}, expected epoch >= 0 and epochs > 0")
-        self.set_temperature(start + (end - start) * min(epoch / epochs, 1.0))
+        if not epoch >= 0:
+            raise ValueError(f"epoch: got {epoch}, expected a number >= 0")
+        if not epochs > 0:
+            raise ValueError(f"epochs: got {epochs}, expected a number > 0")
+        self.set_temperature(1 + (self.initial_temperature - 1) * max(0.0, 1 - epoch / epochs))
 
     def forward(self, x: Tensor, channels: Sequence[str] | None = None) -> Tensor:
         """Convolve.
