@@ -31,8 +31,8 @@ STUDY = Study(
         "demo": Preset(
             models=("resnet18", "variable_resnet18"),
             image_size=32,
-            limits={"train": 4000, "val": 500, "test": 500},
-            train=RECIPE | {"epochs": 5},
+            limits={"train": 3000, "val": 500, "test": 500},
+            train=RECIPE | {"epochs": 4},
         ),
         "paper": Preset(
             models=("resnet18", "variable_resnet18", "task1_published"),
