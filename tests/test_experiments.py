@@ -346,6 +346,7 @@ class TestEvaluate:
         (entry,) = json.loads((photograph_run / "results.json").read_text())["models"].values()
         checkpoint = photograph_run / "variable_resnet18" / "best.ckpt"
         arguments = ["--checkpoint", checkpoint, "--data", photographs, "--list", "test.txt", "--device", "cpu"]
+        arguments += ["--precision", "float32"]
         assert load_script("evaluate").main([*map(str, arguments)]) == 0
         (line,) = capsys.readouterr().out.splitlines()
         measured = json.loads(line)
