@@ -11,6 +11,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+
 from dynconv_vision.data.preprocessing import UnreadableImageError
 
 

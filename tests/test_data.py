@@ -16,6 +16,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+
 from data_helpers import FailingSource, random_image, write_cifar10, write_image, write_list_folder
 from dynconv_vision import data
 from dynconv_vision.data import cache, preprocessing, splits, workers

@@ -12,11 +12,11 @@ import torch
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import DEFORM_CASES, TOLERANCE, DeformCase, case_id, relative_error
 from torch import nn
 
 import dynconv_ext
 from dynconv_ext import DeformableConv2d, DeformConv2d, deform_conv2d, reference
+from op_cases import DEFORM_CASES, TOLERANCE, DeformCase, case_id, relative_error
 
 NAMES = ("input", "offset", "weight", "bias", "mask")
 CASES = {case.name: case for case in DEFORM_CASES}

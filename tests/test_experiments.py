@@ -18,10 +18,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from dynconv_vision.models import registry
 from dynconv_vision.training import TrainConfig
 from dynconv_vision.training.study import CHANNEL_SETS, Preset, Study, StudyConfig, main
-from torch import nn
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 

@@ -12,6 +12,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import dynconv_ext
 from dynconv_vision.models import (
     CBAM,
     VariableInputConv,
@@ -23,10 +27,6 @@ from dynconv_vision.models import (
     sample_channels,
 )
 from dynconv_vision.models.registry import _MODELS
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
-
-import dynconv_ext
 
 TASK1 = ["resnet18", "task1_published", "variable_resnet18"]
 TASK2 = ["resnet34", "task2_published"]

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.image import imread
+
 from dynconv_vision.models import list_models
 from dynconv_vision.reporting import ResultsError, load_history, load_results, write_report
 from dynconv_vision.reporting.figures import model_colours
 from dynconv_vision.reporting.source_report import CHANNEL_SETS, FIGURE_3, FIGURES, corrected
-from matplotlib.image import imread
 
 TASK1 = {
     "resnet18": {"params": 11_194_482, "flops": 1_121_503_232, "test_acc": 51.25, "seconds": 812.4},

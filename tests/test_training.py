@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from dynconv_vision.training import (
     ClassificationModule,
     EvaluationLoader,
@@ -35,7 +37,6 @@ from dynconv_vision.training import (
     train_model,
 )
 from dynconv_vision.training.datamodule import Batch
-from torch import nn
 
 CLASSES = ("dark", "dim", "bright", "white")
 
