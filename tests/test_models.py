@@ -436,17 +436,17 @@ def test_variable_conv_temperature_is_a_buffer_with_a_schedule() -> None:
     conv = VariableInputConv(4, 3, temperature=12.0)
     assert conv.state_dict()["temperature"] == 12
     taken = []
-    for epoch in (0, 2.5, 5, 7, 30):
-        conv.update_temperature(epoch, epochs=5)
+    for progress in (0, 0.25, 0.5, 0.7, 1):
+        conv.anneal(progress, until=0.5)
         taken.append(float(conv.temperature))
     assert taken == [12.0, 6.5, 1.0, 1.0, 1.0]
     other = VariableInputConv(4, 3)
     other.load_state_dict(conv.state_dict())
     assert float(other.temperature) == 1.0
-    with pytest.raises(ValueError, match="epoch: got -1, expected a number >= 0"):
-        conv.update_temperature(-1)
-    with pytest.raises(ValueError, match="epochs: got 0, expected a number > 0"):
-        conv.update_temperature(1, epochs=0)
+    with pytest.raises(ValueError, match="progress: got -1, expected 0 <= progress <= 1"):
+        conv.anneal(-1)
+    with pytest.raises(ValueError, match="until: got 0, expected 0 < until <= 1"):
+        conv.anneal(1, until=0)
 
 
 def test_variable_conv_under_autocast() -> None:

@@ -377,12 +377,12 @@ class TestTraining:
         told: list[tuple[float, float]] = []
 
         class Annealed(nn.Identity):
-            def update_temperature(self, epoch: float, *, epochs: float) -> None:
-                told.append((epoch, epochs))
+            def anneal(self, progress: float, until: float) -> None:
+                told.append((progress, until))
 
         config = TrainConfig(epochs=2, batch_size=35, device="cpu", precision="float32", temperature_anneal=0.25)
         train_model(network(Annealed()), dataset, config, tmp_path, progress=False)
-        assert told == [(0.0, 0.5), (0.5, 0.5), (1.0, 0.5), (1.5, 0.5)]
+        assert told == [(0.0, 0.25), (0.25, 0.25), (0.5, 0.25), (0.75, 0.25)]
 
     def test_divergence_is_an_error(self, dataset: ArrayDataset, tmp_path: Path) -> None:
         class Bad(nn.Module):

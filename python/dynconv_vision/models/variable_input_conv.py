@@ -106,7 +106,7 @@ class VariableInputConv(nn.Module):
             missing; the scale is then each group's own, and a group without channels gives its bias alone.
         bias: Whether there is one.
         num_kernels: K.
-        temperature: Of the softmax, at first; see :meth:`update_temperature` and :meth:`set_temperature`.
+        temperature: Of the softmax, at first; see :meth:`anneal` and :meth:`set_temperature`.
         channels: Names of the C channels of the table.
 
     Shape:
@@ -195,23 +195,23 @@ class VariableInputConv(nn.Module):
             raise ValueError(f"temperature: got {temperature}, expected a positive number")
         self.temperature.fill_(temperature)
 
-    def update_temperature(self, epoch: float, *, epochs: float = 10.0) -> None:
-        """Linear schedule: from the first temperature at epoch 0 down to 1 at epoch ``epochs``, then 1.
+    def anneal(self, progress: float, until: float = 1 / 3) -> None:
+        """Linear schedule: from the first temperature at progress 0 down to 1 at ``until``, then 1.
 
-        Near-uniform mixing at first trains all kernels. The default is that of Chen et al., CVPR 2020, section 3.3.
+        Near-uniform mixing at first trains all kernels (Chen et al., CVPR 2020, section 3.3).
 
         Args:
-            epoch: Epochs done, fractions allowed.
-            epochs: Over how many epochs the temperature falls.
+            progress: Part of the training done, in 0..1, for instance epoch / epochs.
+            until: Part of the training over which the temperature falls.
 
         Raises:
-            ValueError: If ``epoch`` is negative or ``epochs`` is not positive.
+            ValueError: If ``progress`` is not in 0..1 or ``until`` not in (0, 1].
         """
-        if not epoch >= 0:
-            raise ValueError(f"epoch: got {epoch}, expected a number >= 0")
-        if not epochs > 0:
-            raise ValueError(f"epochs: got {epochs}, expected a number > 0")
-        self.set_temperature(1 + (self.initial_temperature - 1) * max(0.0, 1 - epoch / epochs))
+        if not 0 <= progress <= 1:
+            raise ValueError(f"progress: got {progress}, expected 0 <= progress <= 1")
+        if not 0 < until <= 1:
+            raise ValueError(f"until: got {until}, expected 0 < until <= 1")
+        self.set_temperature(1 + (self.initial_temperature - 1) * max(0.0, 1 - progress / until))
 
     def forward(self, x: Tensor, channels: Sequence[str] | None = None) -> Tensor:
         """Convolve.

@@ -30,7 +30,7 @@ class ClassificationModule(pl.LightningModule):
 
     Args:
         model: Network from images (B, 3, S, S) in [0, 1] to logits (B, num_classes). Modules of it that have
-            `update_temperature(epoch, epochs=...)` are told before each step how far training is.
+            `anneal(progress, until)` are told before each step how far training is.
         config: Settings. With `channel_sampling`, the network is called as `model(images[:, chosen], channels=names)`.
         num_classes: Number of classes.
         image_size: Height and width of the images, in pixels.
@@ -52,7 +52,7 @@ class ClassificationModule(pl.LightningModule):
         self.model, self.config, self.image_size, self.card = model, config, image_size, dict(card or {})
         if config.channel_sampling and not accepts_channels(model):
             raise StudyError(f"channel_sampling: got true, but {type(model).__name__} does not take named channels")
-        self._annealed = [module for module in model.modules() if hasattr(module, "update_temperature")]
+        self._annealed = [module for module in model.modules() if hasattr(module, "anneal")]
         metrics: dict[str, Metric] = {}
         for stage in ("train", "val"):
             metrics[f"{stage}_loss"] = mean_loss()
@@ -76,7 +76,7 @@ class ClassificationModule(pl.LightningModule):
         if self.config.temperature_anneal is not None:
             epoch = self.current_epoch + batch_idx / self.trainer.num_training_batches
             for module in self._annealed:
-                module.update_temperature(epoch, epochs=self.config.temperature_anneal * self.config.epochs)
+                module.anneal(epoch / self.config.epochs, self.config.temperature_anneal)
         if self.config.channel_sampling:
             images, named = select_channels(self.model, batch.images, sample_channels(CHANNELS))
         else:
