@@ -3,10 +3,13 @@
 // aggregate_kernels is asked for them.
 #include "dynamic_conv2d/dynamic_conv2d_cpu.h"
 #include "dynamic_conv2d/dynamic_conv2d_cpu_samples.h"
+#include "dynamic_conv2d/dynamic_conv2d_cpu_tiles.h"
 #include "dynamic_conv2d/dynamic_conv2d_params.h"
 
 #include <torch/csrc/stable/library.h>
 
+#include <cstdlib>
+#include <string>
 #include <tuple>
 
 namespace dynconv {
@@ -47,8 +50,8 @@ std::tuple<Tensor, Tensor> aggregate_kernels_cpu(const Tensor& weight, const Ten
     torch::stable::parallel_for(0, blocks_of(size, kBankBlock), 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
         const int64_t from = block * kBankBlock;
-        k.mix(const_data<S>(w) + from, size, p.num_kernels, mix.data(), p.batch, std::min(kBankBlock, size - from),
-              out + from, size);
+        k.mix({const_data<S>(w) + from, p.num_kernels, size, 1, size, std::min(kBankBlock, size - from)}, mix.data(),
+              p.batch, out + from, size, 0);
       }
     });
     for (int64_t n = 0; b && n < p.batch; ++n)
@@ -89,9 +92,8 @@ std::tuple<Tensor, Tensor, Tensor> aggregate_kernels_backward_cpu(
         for (int64_t block = begin; block < end; ++block) {
           const int64_t from = block * kBankBlock, length = std::min(kBankBlock, size - from);
           A* sums = grad_bank.sums() ? grad_bank.sums() + from : nullptr;
-          for (int64_t j = 0; sums && j < p.num_kernels; ++j) std::fill_n(sums + j * size, length, A(0));
-          k.unmix(const_data<S>(w) + from, size, const_data<S>(g) + from, size, mix.data(), p.num_kernels, p.batch,
-                  length, sums, size, dots.of(block));
+          k.unmix({const_data<S>(w) + from, p.num_kernels, size, 1, size, length}, const_data<S>(g) + from, size, 0,
+                  mix.data(), p.batch, sums, false, dots.of(block));
           for (int64_t j = 0; sums && j < p.num_kernels; ++j)
             grad_bank.finish(k.from_acc, j * size + from, j * size + from + length);
         }
@@ -106,6 +108,19 @@ std::tuple<Tensor, Tensor, Tensor> aggregate_kernels_backward_cpu(
 
 // ---------------------------------------------------------------------------------------------------- dynamic_conv2d
 
+// Whether to compute by tiles rather than sample by sample. The environment variable DYNCONV_DYNAMIC_CONV2D=tiles|samples
+// decides instead where both can: for tests and measurements.
+template <class product_t>
+bool use_tiles(const DynamicConv2dParams& p) {
+  if (!TileSchedule::fits(p)) return false;
+  if (const char* wish = std::getenv("DYNCONV_DYNAMIC_CONV2D"); wish && *wish) {
+    if (std::string(wish) == "tiles") return true;
+    if (std::string(wish) == "samples") return false;
+    fail("DYNCONV_DYNAMIC_CONV2D: got ", wish, ", expected tiles or samples");
+  }
+  return true;
+}
+
 Tensor dynamic_conv2d_cpu(const Tensor& input, const Tensor& weight, const Tensor& attention,
                           const std::optional<Tensor>& bias, const std::vector<int64_t>& stride,
                           const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
@@ -119,7 +134,8 @@ Tensor dynamic_conv2d_cpu(const Tensor& input, const Tensor& weight, const Tenso
   dispatch(input, [&]<class S, class A, class P>(TypeTag<S>, TypeTag<A>, TypeTag<P>) {
     const Buffer<A> mix = mixing_weights_of(p.bank, reader_of<A>(a));
     const DynamicTensors<S> tensors{const_data<S>(x), const_data<S>(w), const_data<S>(b), nullptr, false};
-    DynamicSamples<S, A, P>(p, tensors, mix.data()).forward(mutable_data<S>(out));
+    if (use_tiles<P>(p)) DynamicTiles<S, A>(p, tensors, mix.data()).forward(mutable_data<S>(out));
+    else DynamicSamples<S, A, P>(p, tensors, mix.data()).forward(mutable_data<S>(out));
   });
   return out;
 }
@@ -178,7 +194,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_conv2d_backward_cpu(
     grad_mix.zero();
     const DynamicGradients<S, A> wanted{mutable_data<S>(grad_input), mutable_data<S>(grad_weight),
                                         mutable_data<S>(grad_bias), grad_mix.data()};
-    DynamicSamples<S, A, P>(p, tensors, mix.data()).backward(wanted);
+    if (use_tiles<P>(p)) DynamicTiles<S, A>(p, tensors, mix.data()).backward(wanted);
+    else DynamicSamples<S, A, P>(p, tensors, mix.data()).backward(wanted);
     if (b && (want_bias || want_attention)) {
       const Buffer<A> sums = pixel_sums<S, A>(p, tensors);
       unmix_bias(p.bank, tensors.bias, mix.data(), sums.data(), wanted.mix, wanted.bias);

@@ -20,14 +20,64 @@
 
 namespace dynconv {
 
+// A block of the bank: rows of count weights, of each of the kernels.
+template <class storage_t>
+struct BankBlock {
+  const storage_t* data;
+  int64_t num_kernels, kernel_stride;
+  int64_t rows, row_stride, count;
+};
+
+// c[i][j] = sum_k a[i][k] b[k][j], for up to two vectors of columns j. a[i][k] lies at
+// i * a_row + k % segment * a_step + k / segment * a_segment, b[k] at k * b_step, whole vectors readable.
+template <class acc_t>
+struct Product {
+  const acc_t* a;
+  int64_t a_row, a_step, a_segment, segment;
+  const acc_t* b;
+  int64_t b_step;
+  acc_t* c;
+  int64_t c_row;
+  int64_t rows, columns, depth;
+  const acc_t* start;  // what the sums of each row start at, or null
+  bool accumulate;     // without start: at c, or at zero
+};
+
+// A run of an image's channels, and how its padded copy lies: (channel, row, column).
+template <class storage_t>
+struct ImageChunk {
+  const storage_t* data;
+  int64_t channels, height, width, channel_stride, pixel_stride;
+  int64_t padded_channel, padded_row, padding_width;
+};
+
+// Columns of some pixels: row (channel, tap) and pixel lie at row_offset + pixel_offset of a padded copy. Both tables go
+// on to a whole panel; what lies there is readable and not used.
+struct ColumnPlan {
+  const int32_t* row_offset;
+  const int32_t* pixel_offset;
+  int64_t rows, pixels;
+  int64_t panel;  // pixels of a panel
+};
+
 // storage_t is what the tensors hold, acc_t what is computed in, product_t what torch's convolution multiplies.
 template <class storage_t, class acc_t, class product_t>
 struct DynamicKernels {
-  void (*mix)(const storage_t* bank, int64_t bank_stride, int64_t num_kernels, const acc_t* a, int64_t samples,
-              int64_t count, product_t* out, int64_t out_stride);
-  void (*unmix)(const storage_t* bank, int64_t bank_stride, const product_t* grads, int64_t grad_stride, const acc_t* a,
-                int64_t num_kernels, int64_t samples, int64_t count, acc_t* grad_bank, int64_t grad_bank_stride,
-                acc_t* dots);
+  int64_t lanes;
+  void (*mix)(const BankBlock<storage_t>&, const acc_t* a, int64_t samples, product_t* out, int64_t out_stride,
+              int64_t out_row);
+  void (*unmix)(const BankBlock<storage_t>&, const product_t* grads, int64_t grad_stride, int64_t grad_row,
+                const acc_t* a, int64_t samples, acc_t* sums, bool accumulate, acc_t* dots);
+  void (*product)(const Product<acc_t>&);
+  void (*pack_rows)(const ImageChunk<storage_t>&, int64_t begin, int64_t end, acc_t* padded);
+  void (*unpack_rows)(const acc_t* padded, int64_t padding_height, const ImageChunk<storage_t>&);
+  void (*make_columns)(const acc_t* padded, const ColumnPlan&, acc_t* columns);
+  void (*make_transposed_columns)(const acc_t* padded, const ColumnPlan&, acc_t* columns);
+  void (*add_columns)(const acc_t* columns, const ColumnPlan&, acc_t* padded);
+  void (*make_panels)(const storage_t* from, int64_t row_stride, int64_t pixel_stride, int64_t rows, int64_t pixels,
+                      int64_t panel, acc_t* panels);
+  void (*write_rows)(const acc_t* from, int64_t from_row, storage_t* to, int64_t to_row, int64_t to_column,
+                     int64_t rows, int64_t columns);
   void (*to_product)(const storage_t*, product_t*, int64_t);
   void (*from_product)(const product_t*, storage_t*, int64_t);
   void (*from_acc)(const acc_t*, storage_t*, int64_t);

@@ -2,136 +2,366 @@
 // Loops of dynamic_conv2d that run per instruction set: included by foreach_cpu_level.h inside a namespace, after
 // simd.inl.
 
-// out[s][i] = sum_k a[s][k] * bank[k][i] for samples s < S: the bank's vectors are loaded once for all of them.
+// The bank, and everything of its shape, is seen in blocks: rows (output channels) of count weights each.
+
+// out[s][row][i] = sum_k a[s][k] * bank[k][row][i] for samples s < S: the bank's vectors are loaded once for all.
 template <int S, class storage_t, class acc_t, class out_t>
-DYNCONV_INLINE void mix_samples(const storage_t* bank, int64_t bank_stride, int64_t num_kernels, const acc_t* a,
-                                int64_t count, out_t* out, int64_t out_stride) {
+DYNCONV_INLINE void mix_samples(const BankBlock<storage_t>& bank, const acc_t* a, out_t* out, int64_t out_stride,
+                                int64_t out_row) {
   constexpr int64_t lanes = Simd<acc_t>::lanes;
-  constexpr int U = DYNCONV_LEVEL == 2 ? 4 : 2;
-  int64_t i = 0;
-  for (; i + U * lanes <= count; i += U * lanes) {
-    Vec<acc_t> sum[S][U] = {};
-    for (int64_t k = 0; k < num_kernels; ++k) {
-      const storage_t* kernel = bank + k * bank_stride + i;
-      Vec<acc_t> value[U];
-      for (int u = 0; u < U; ++u) value[u] = load(kernel + u * lanes);
+  constexpr int U = DYNCONV_LEVEL == 2 ? 3 : 2;
+  for (int64_t row = 0; row < bank.rows; ++row) {
+    const storage_t* first = bank.data + row * bank.row_stride;
+    out_t* to = out + row * out_row;
+    int64_t i = 0;
+    for (; i + U * lanes <= bank.count; i += U * lanes) {
+      Vec<acc_t> sum[S][U] = {};
+      for (int64_t k = 0; k < bank.num_kernels; ++k) {
+        const storage_t* kernel = first + k * bank.kernel_stride + i;
+        Vec<acc_t> value[U];
+        for (int u = 0; u < U; ++u) value[u] = load(kernel + u * lanes);
+        for (int s = 0; s < S; ++s)
+          for (int u = 0; u < U; ++u) sum[s][u] += a[s * bank.num_kernels + k] * value[u];
+      }
       for (int s = 0; s < S; ++s)
-        for (int u = 0; u < U; ++u) sum[s][u] += a[s * num_kernels + k] * value[u];
+        for (int u = 0; u < U; ++u) store(to + s * out_stride + i + u * lanes, sum[s][u]);
     }
-    for (int s = 0; s < S; ++s)
-      for (int u = 0; u < U; ++u) store(out + s * out_stride + i + u * lanes, sum[s][u]);
-  }
-  for (; i < count; i += lanes) {
-    const int64_t rest = count - i;
-    Vec<acc_t> sum[S] = {};
-    for (int64_t k = 0; k < num_kernels; ++k) {
-      const storage_t* kernel = bank + k * bank_stride + i;
-      const Vec<acc_t> value = rest >= lanes ? load(kernel) : load_partial<acc_t>(kernel, rest);
-      for (int s = 0; s < S; ++s) sum[s] += a[s * num_kernels + k] * value;
-    }
-    for (int s = 0; s < S; ++s) {
-      if (rest >= lanes) store(out + s * out_stride + i, sum[s]);
-      else store_partial<acc_t>(out + s * out_stride + i, sum[s], rest);
+    for (; i < bank.count; i += lanes) {
+      const int64_t rest = bank.count - i;
+      Vec<acc_t> sum[S] = {};
+      for (int64_t k = 0; k < bank.num_kernels; ++k) {
+        const storage_t* kernel = first + k * bank.kernel_stride + i;
+        const Vec<acc_t> value = rest >= lanes ? load(kernel) : load_partial<acc_t>(kernel, rest);
+        for (int s = 0; s < S; ++s) sum[s] += a[s * bank.num_kernels + k] * value;
+      }
+      for (int s = 0; s < S; ++s) {
+        if (rest >= lanes) store(to + s * out_stride + i, sum[s]);
+        else store_partial<acc_t>(to + s * out_stride + i, sum[s], rest);
+      }
     }
   }
 }
 
 template <class storage_t, class acc_t, class out_t>
-void mix(const storage_t* bank, int64_t bank_stride, int64_t num_kernels, const acc_t* a, int64_t samples,
-         int64_t count, out_t* out, int64_t out_stride) {
-  int64_t s = 0;
-  for (; s + 4 <= samples; s += 4)
-    mix_samples<4>(bank, bank_stride, num_kernels, a + s * num_kernels, count, out + s * out_stride, out_stride);
-  for (; s + 2 <= samples; s += 2)
-    mix_samples<2>(bank, bank_stride, num_kernels, a + s * num_kernels, count, out + s * out_stride, out_stride);
-  for (; s < samples; ++s)
-    mix_samples<1>(bank, bank_stride, num_kernels, a + s * num_kernels, count, out + s * out_stride, out_stride);
-}
-
-// For samples s < S and kernels k < K: grad_bank[k][i] += a[s][k] * grads[s][i], and dots[s][k] += <bank[k], grads[s]>,
-// in one pass. grad_bank or dots may be null.
-template <int S, int K, class storage_t, class acc_t, class grad_t>
-DYNCONV_INLINE void unmix_samples(const storage_t* bank, int64_t bank_stride, const grad_t* grads, int64_t grad_stride,
-                                  const acc_t* a, int64_t num_kernels, int64_t count, acc_t* grad_bank,
-                                  int64_t grad_bank_stride, acc_t* dots) {
-  constexpr int64_t lanes = Simd<acc_t>::lanes;
-  Vec<acc_t> dot[S][K] = {};
-  for (int64_t i = 0; i < count; i += lanes) {
-    const int64_t rest = count - i;
-    Vec<acc_t> grad[S];
-    for (int s = 0; s < S; ++s) {
-      const grad_t* at = grads + s * grad_stride + i;
-      grad[s] = rest >= lanes ? load(at) : load_partial<acc_t>(at, rest);
-    }
-    if (grad_bank) {
-      for (int k = 0; k < K; ++k) {
-        acc_t* at = grad_bank + k * grad_bank_stride + i;
-        Vec<acc_t> sum = rest >= lanes ? load(at) : load_partial<acc_t>(at, rest);
-        for (int s = 0; s < S; ++s) sum += a[s * num_kernels + k] * grad[s];
-        if (rest >= lanes) store(at, sum);
-        else store_partial<acc_t>(at, sum, rest);
-      }
-    }
-    if (dots) {
-      for (int k = 0; k < K; ++k) {
-        const storage_t* at = bank + k * bank_stride + i;
-        const Vec<acc_t> kernel = rest >= lanes ? load(at) : load_partial<acc_t>(at, rest);
-        for (int s = 0; s < S; ++s) dot[s][k] += kernel * grad[s];
-      }
+void mix(const BankBlock<storage_t>& bank, const acc_t* a, int64_t samples, out_t* out, int64_t out_stride,
+         int64_t out_row) {
+  for (int64_t s = 0; s < samples;) {
+    const acc_t* mixing = a + s * bank.num_kernels;
+    if (samples - s >= 4) {
+      mix_samples<4>(bank, mixing, out + s * out_stride, out_stride, out_row);
+      s += 4;
+    } else if (samples - s >= 2) {
+      mix_samples<2>(bank, mixing, out + s * out_stride, out_stride, out_row);
+      s += 2;
+    } else {
+      mix_samples<1>(bank, mixing, out + s * out_stride, out_stride, out_row);
+      s += 1;
     }
   }
+}
+
+// For samples s < S and kernels k < K: sums[k] (+)= sum_s a[s][k] * grads[s], and dots[s][k] += <bank[k], grads[s]>, in
+// one pass. sums are of the bank's shape and strides; they or dots may be null.
+template <int S, int K, class storage_t, class acc_t, class grad_t>
+DYNCONV_INLINE void unmix_samples(const BankBlock<storage_t>& bank, const grad_t* grads, int64_t grad_stride,
+                                  int64_t grad_row, const acc_t* a, acc_t* sums, bool accumulate, acc_t* dots) {
+  constexpr int64_t lanes = Simd<acc_t>::lanes;
+  Vec<acc_t> dot[S][K] = {};
+  for (int64_t row = 0; row < bank.rows; ++row)
+    for (int64_t i = 0; i < bank.count; i += lanes) {
+      const int64_t rest = bank.count - i;
+      Vec<acc_t> grad[S];
+      for (int s = 0; s < S; ++s) {
+        const grad_t* at = grads + s * grad_stride + row * grad_row + i;
+        grad[s] = rest >= lanes ? load(at) : load_partial<acc_t>(at, rest);
+      }
+      if (sums) {
+        for (int k = 0; k < K; ++k) {
+          acc_t* at = sums + k * bank.kernel_stride + row * bank.row_stride + i;
+          Vec<acc_t> sum = {};
+          if (accumulate) sum = rest >= lanes ? load(at) : load_partial<acc_t>(at, rest);
+          for (int s = 0; s < S; ++s) sum += a[s * bank.num_kernels + k] * grad[s];
+          if (rest >= lanes) store(at, sum);
+          else store_partial<acc_t>(at, sum, rest);
+        }
+      }
+      if (dots) {
+        for (int k = 0; k < K; ++k) {
+          const storage_t* at = bank.data + k * bank.kernel_stride + row * bank.row_stride + i;
+          const Vec<acc_t> kernel = rest >= lanes ? load(at) : load_partial<acc_t>(at, rest);
+          for (int s = 0; s < S; ++s) dot[s][k] += kernel * grad[s];
+        }
+      }
+    }
   if (dots)
     for (int s = 0; s < S; ++s)
-      for (int k = 0; k < K; ++k) dots[s * num_kernels + k] += sum_lanes<acc_t>(dot[s][k]);
+      for (int k = 0; k < K; ++k) dots[s * bank.num_kernels + k] += sum_lanes<acc_t>(dot[s][k]);
 }
 
 template <int S, class storage_t, class acc_t, class grad_t>
-DYNCONV_INLINE void unmix_kernels(const storage_t* bank, int64_t bank_stride, const grad_t* grads, int64_t grad_stride,
-                                  const acc_t* a, int64_t num_kernels, int64_t count, acc_t* grad_bank,
-                                  int64_t grad_bank_stride, acc_t* dots) {
-  for (int64_t k = 0; k < num_kernels;) {
-    const storage_t* kernel = bank + k * bank_stride;
-    acc_t* grad_kernel = grad_bank ? grad_bank + k * grad_bank_stride : nullptr;
+DYNCONV_INLINE void unmix_kernels(const BankBlock<storage_t>& bank, const grad_t* grads, int64_t grad_stride,
+                                  int64_t grad_row, const acc_t* a, acc_t* sums, bool accumulate, acc_t* dots) {
+  for (int64_t k = 0; k < bank.num_kernels;) {
+    BankBlock<storage_t> part = bank;
+    part.data += k * bank.kernel_stride;
+    acc_t* sum = sums ? sums + k * bank.kernel_stride : nullptr;
     acc_t* dot = dots ? dots + k : nullptr;
-    if (num_kernels - k >= 4) {
-      unmix_samples<S, 4>(kernel, bank_stride, grads, grad_stride, a + k, num_kernels, count, grad_kernel,
-                          grad_bank_stride, dot);
+    if (bank.num_kernels - k >= 4) {
+      unmix_samples<S, 4>(part, grads, grad_stride, grad_row, a + k, sum, accumulate, dot);
       k += 4;
-    } else if (num_kernels - k >= 2) {
-      unmix_samples<S, 2>(kernel, bank_stride, grads, grad_stride, a + k, num_kernels, count, grad_kernel,
-                          grad_bank_stride, dot);
+    } else if (bank.num_kernels - k >= 2) {
+      unmix_samples<S, 2>(part, grads, grad_stride, grad_row, a + k, sum, accumulate, dot);
       k += 2;
     } else {
-      unmix_samples<S, 1>(kernel, bank_stride, grads, grad_stride, a + k, num_kernels, count, grad_kernel,
-                          grad_bank_stride, dot);
+      unmix_samples<S, 1>(part, grads, grad_stride, grad_row, a + k, sum, accumulate, dot);
       k += 1;
     }
   }
 }
 
 template <class storage_t, class acc_t, class grad_t>
-void unmix(const storage_t* bank, int64_t bank_stride, const grad_t* grads, int64_t grad_stride, const acc_t* a,
-           int64_t num_kernels, int64_t samples, int64_t count, acc_t* grad_bank, int64_t grad_bank_stride,
-           acc_t* dots) {
-  for (int64_t s = 0; s < samples;) {
+void unmix(const BankBlock<storage_t>& bank, const grad_t* grads, int64_t grad_stride, int64_t grad_row, const acc_t* a,
+           int64_t samples, acc_t* sums, bool accumulate, acc_t* dots) {
+  for (int64_t s = 0; s < samples; accumulate = true) {
     const grad_t* grad = grads + s * grad_stride;
-    const acc_t* mixing = a + s * num_kernels;
-    acc_t* dot = dots ? dots + s * num_kernels : nullptr;
+    const acc_t* mixing = a + s * bank.num_kernels;
+    acc_t* dot = dots ? dots + s * bank.num_kernels : nullptr;
     if (samples - s >= 4) {
-      unmix_kernels<4>(bank, bank_stride, grad, grad_stride, mixing, num_kernels, count, grad_bank, grad_bank_stride,
-                       dot);
+      unmix_kernels<4>(bank, grad, grad_stride, grad_row, mixing, sums, accumulate, dot);
       s += 4;
     } else if (samples - s >= 2) {
-      unmix_kernels<2>(bank, bank_stride, grad, grad_stride, mixing, num_kernels, count, grad_bank, grad_bank_stride,
-                       dot);
+      unmix_kernels<2>(bank, grad, grad_stride, grad_row, mixing, sums, accumulate, dot);
       s += 2;
     } else {
-      unmix_kernels<1>(bank, bank_stride, grad, grad_stride, mixing, num_kernels, count, grad_bank, grad_bank_stride,
-                       dot);
+      unmix_kernels<1>(bank, grad, grad_stride, grad_row, mixing, sums, accumulate, dot);
       s += 1;
     }
   }
 }
+
+// ------------------------------------------------------------------------------------------------------ matrix product
+
+// ROWS x VECS vectors of c, held in registers over the whole depth.
+template <int ROWS, int VECS, class acc_t>
+DYNCONV_INLINE void product_block(const Product<acc_t>& x, const acc_t* a, acc_t* c, const acc_t* start) {
+  constexpr int64_t lanes = Simd<acc_t>::lanes;
+  const int64_t last = x.columns - (VECS - 1) * lanes;  // valid elements of the last vector
+  Vec<acc_t> sum[ROWS][VECS] = {};
+  if (start) {
+    for (int i = 0; i < ROWS; ++i)
+      for (int v = 0; v < VECS; ++v) sum[i][v] += start[i];
+  } else if (x.accumulate) {
+    for (int i = 0; i < ROWS; ++i)
+      for (int v = 0; v < VECS; ++v) {
+        const acc_t* at = c + i * x.c_row + v * lanes;
+        sum[i][v] = v + 1 < VECS || last == lanes ? load(at) : load_partial<acc_t>(at, last);
+      }
+  }
+  const acc_t* b = x.b;
+  for (int64_t done = 0; done < x.depth; done += x.segment, a += x.a_segment) {
+    const int64_t steps = x.depth - done < x.segment ? x.depth - done : x.segment;
+    const acc_t* at = a;
+    for (int64_t k = 0; k < steps; ++k, at += x.a_step, b += x.b_step) {
+      Vec<acc_t> value[VECS];
+      for (int v = 0; v < VECS; ++v) value[v] = load(b + v * lanes);
+      for (int i = 0; i < ROWS; ++i)
+        for (int v = 0; v < VECS; ++v) sum[i][v] += at[i * x.a_row] * value[v];
+    }
+  }
+  for (int i = 0; i < ROWS; ++i)
+    for (int v = 0; v < VECS; ++v) {
+      acc_t* at = c + i * x.c_row + v * lanes;
+      if (v + 1 < VECS || last == lanes) store(at, sum[i][v]);
+      else store_partial<acc_t>(at, sum[i][v], last);
+    }
+}
+
+template <int VECS, class acc_t>
+DYNCONV_INLINE void product_rows(const Product<acc_t>& x) {
+  // As many sums as hide the latency of a fused multiply-add, and fit the registers.
+  constexpr int most = (DYNCONV_LEVEL == 2 ? 16 : 8) / VECS;
+  for (int64_t i = 0; i < x.rows;) {
+    const acc_t* a = x.a + i * x.a_row;
+    acc_t* c = x.c + i * x.c_row;
+    const acc_t* start = x.start ? x.start + i : nullptr;
+    const int64_t rest = x.rows - i;
+    if (rest >= most) {
+      product_block<most, VECS>(x, a, c, start);
+      i += most;
+    } else if (rest >= 4) {
+      product_block<4, VECS>(x, a, c, start);
+      i += 4;
+    } else if (rest >= 2) {
+      product_block<2, VECS>(x, a, c, start);
+      i += 2;
+    } else {
+      product_block<1, VECS>(x, a, c, start);
+      i += 1;
+    }
+  }
+}
+
+template <class acc_t>
+void product(const Product<acc_t>& x) {
+  if (x.columns > Simd<acc_t>::lanes) product_rows<2>(x);
+  else product_rows<1>(x);
+}
+
+// ------------------------------------------------------------------------------------------------------------ columns
+
+// Rows [begin, end) of a run of an image's channels into a padded copy; rows outside the image are zero, and the
+// padding left and right stays as it is.
+template <class storage_t, class acc_t>
+void pack_rows(const ImageChunk<storage_t>& x, int64_t begin, int64_t end, acc_t* padded) {
+  for (int64_t c = 0; c < x.channels; ++c) {
+    acc_t* to = padded + c * x.padded_channel;
+    const storage_t* from = x.data + c * x.channel_stride;
+    for (int64_t y = begin; y < end; ++y, to += x.padded_row) {
+      acc_t* row = to + x.padding_width;
+      if (y < 0 || y >= x.height) {
+        for (int64_t i = 0; i < x.width; ++i) row[i] = 0;
+      } else if (x.pixel_stride == 1) {
+        const storage_t* source = from + y * x.width;
+        for (int64_t i = 0; i < x.width; ++i) convert(source[i], row + i);
+      } else {
+        const storage_t* source = from + y * x.width * x.pixel_stride;
+        for (int64_t i = 0; i < x.width; ++i) convert(source[i * x.pixel_stride], row + i);
+      }
+    }
+  }
+}
+
+// The inner part of a padded gradient to the tensor.
+template <class storage_t, class acc_t>
+void unpack_rows(const acc_t* padded, int64_t padding_height, const ImageChunk<storage_t>& x) {
+  for (int64_t c = 0; c < x.channels; ++c) {
+    const acc_t* from = padded + c * x.padded_channel + padding_height * x.padded_row + x.padding_width;
+    storage_t* to = const_cast<storage_t*>(x.data) + c * x.channel_stride;
+    for (int64_t y = 0; y < x.height; ++y)
+      for (int64_t i = 0; i < x.width; ++i) convert(from[y * x.padded_row + i], to + (y * x.width + i) * x.pixel_stride);
+  }
+}
+
+// lanes elements base[offset[i]]
+template <class acc_t>
+DYNCONV_INLINE Vec<acc_t> gather(const acc_t* base, const int32_t* offset) {
+#if DYNCONV_LEVEL == 2
+  if constexpr (sizeof(acc_t) == 4) return (Vec<acc_t>)_mm512_i32gather_ps(_mm512_loadu_si512(offset), base, 4);
+#endif
+  Vec<acc_t> v;
+  for (int64_t i = 0; i < Simd<acc_t>::lanes; ++i) v[i] = base[offset[i]];
+  return v;
+}
+
+// How the lanes of a vector of pixels lie in the padded image: run of lanes [0, first) is contiguous, and so is the
+// rest if two_runs; else any.
+template <class acc_t>
+DYNCONV_INLINE Vec<acc_t> load_pixels(const acc_t* base, const int32_t* offset, int64_t first, bool two_runs) {
+  constexpr int64_t lanes = Simd<acc_t>::lanes;
+  if (first == lanes) return load(base + offset[0]);
+#if DYNCONV_LEVEL == 2
+  if constexpr (sizeof(acc_t) == 4) {
+    if (two_runs) {
+      const __mmask16 low = __mmask16((1u << first) - 1u);
+      const __m512 v = _mm512_maskz_loadu_ps(low, base + offset[0]);
+      return (Vec<acc_t>)_mm512_mask_loadu_ps(v, __mmask16(~low), base + offset[first] - first);
+    }
+  }
+#endif
+  return gather(base, offset);
+}
+
+// columns[panel][row][pixel of the panel] = padded[row_offset[row] + pixel_offset[pixel]]
+template <class acc_t>
+void make_columns(const acc_t* padded, const ColumnPlan& plan, acc_t* columns) {
+  constexpr int64_t lanes = Simd<acc_t>::lanes;
+  for (int64_t begin = 0; begin < plan.pixels; begin += plan.panel)
+    for (int64_t v = 0; v < plan.panel; v += lanes) {
+      const int32_t* offset = plan.pixel_offset + begin + v;
+      int64_t first = 1, second;
+      while (first < lanes && offset[first] == offset[0] + int32_t(first)) ++first;
+      second = first;
+      while (second < lanes && offset[second] == offset[first] + int32_t(second - first)) ++second;
+      const bool two_runs = second == lanes;
+      acc_t* to = columns + begin * plan.rows + v;
+      for (int64_t row = 0; row < plan.rows; ++row)
+        store(to + row * plan.panel, load_pixels(padded + plan.row_offset[row], offset, first, two_runs));
+    }
+}
+
+// columns[panel of rows][pixel][row of the panel], rows in panels of two vectors; rows behind the last are those of
+// row_offset, which is longer.
+template <class acc_t>
+void make_transposed_columns(const acc_t* padded, const ColumnPlan& plan, acc_t* columns) {
+  constexpr int64_t lanes = Simd<acc_t>::lanes;
+  for (int64_t begin = 0; begin < plan.rows; begin += 2 * lanes) {
+    acc_t* to = columns + begin * plan.pixels;
+    const int32_t* offset = plan.row_offset + begin;
+    const bool both = plan.rows - begin > lanes;
+    for (int64_t pixel = 0; pixel < plan.pixels; ++pixel, to += 2 * lanes) {
+      const acc_t* base = padded + plan.pixel_offset[pixel];
+      store(to, gather(base, offset));
+      if (both) store(to + lanes, gather(base, offset + lanes));
+    }
+  }
+}
+
+// padded[row_offset[row] + pixel_offset[pixel]] += columns[panel][row][pixel of the panel]
+template <class acc_t>
+void add_columns(const acc_t* columns, const ColumnPlan& plan, acc_t* padded) {
+  constexpr int64_t lanes = Simd<acc_t>::lanes;
+  for (int64_t begin = 0; begin < plan.pixels; begin += plan.panel) {
+    const int64_t count = plan.pixels - begin < plan.panel ? plan.pixels - begin : plan.panel;
+    const int32_t* offset = plan.pixel_offset + begin;
+    for (int64_t first = 0; first < count;) {
+      // A run of pixels that lie side by side; its columns of one row touch each element once.
+      int64_t end = first + 1;
+      while (end < count && offset[end] == offset[end - 1] + 1) ++end;
+      const int64_t length = end - first;
+      for (int64_t row = 0; row < plan.rows; ++row) {
+        const acc_t* from = columns + begin * plan.rows + row * plan.panel + first;
+        acc_t* to = padded + plan.row_offset[row] + offset[first];
+        int64_t i = 0;
+        for (; i + lanes <= length; i += lanes) store(to + i, load(to + i) + load(from + i));
+        for (; i < length; ++i) to[i] += from[i];
+      }
+      first = end;
+    }
+  }
+}
+
+// panels[panel][row][pixel of the panel] of rows that are rows_stride and pixels that are pixel_stride apart.
+template <class storage_t, class acc_t>
+void make_panels(const storage_t* from, int64_t row_stride, int64_t pixel_stride, int64_t rows, int64_t pixels,
+                 int64_t panel, acc_t* panels) {
+  for (int64_t begin = 0; begin < pixels; begin += panel) {
+    const int64_t count = pixels - begin < panel ? pixels - begin : panel;
+    for (int64_t row = 0; row < rows; ++row) {
+      const storage_t* source = from + row * row_stride + begin * pixel_stride;
+      acc_t* to = panels + begin * rows + row * panel;
+      if (pixel_stride == 1)
+        for (int64_t i = 0; i < count; ++i) convert(source[i], to + i);
+      else
+        for (int64_t i = 0; i < count; ++i) convert(source[i * pixel_stride], to + i);
+      for (int64_t i = count; i < panel; ++i) to[i] = 0;
+    }
+  }
+}
+
+// to[i * to_row + j * to_column] = from[i * from_row + j], converting.
+template <class acc_t, class storage_t>
+void write_rows(const acc_t* from, int64_t from_row, storage_t* to, int64_t to_row, int64_t to_column, int64_t rows,
+                int64_t columns) {
+  if (to_column == 1) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j) convert(from[i * from_row + j], to + i * to_row + j);
+  } else {
+    for (int64_t j = 0; j < columns; ++j)
+      for (int64_t i = 0; i < rows; ++i) convert(from[i * from_row + j], to + i * to_row + j * to_column);
+  }
+}
+
+// --------------------------------------------------------------------------------------------------------------- rows
 
 // to[i] = from[i], converting.
 template <class from_t, class to_t>
@@ -158,8 +388,17 @@ acc_t sum_row(const from_t* from, int64_t count) {
 template <class storage_t, class acc_t, class product_t>
 DynamicKernels<storage_t, acc_t, product_t> dynamic_kernels() {
   DynamicKernels<storage_t, acc_t, product_t> k;
+  k.lanes = Simd<acc_t>::lanes;
   k.mix = &mix<storage_t, acc_t, product_t>;
   k.unmix = &unmix<storage_t, acc_t, product_t>;
+  k.product = &product<acc_t>;
+  k.pack_rows = &pack_rows<storage_t, acc_t>;
+  k.unpack_rows = &unpack_rows<storage_t, acc_t>;
+  k.make_columns = &make_columns<acc_t>;
+  k.make_transposed_columns = &make_transposed_columns<acc_t>;
+  k.add_columns = &add_columns<acc_t>;
+  k.make_panels = &make_panels<storage_t, acc_t>;
+  k.write_rows = &write_rows<acc_t, storage_t>;
   k.to_product = &convert_row<storage_t, product_t>;
   k.from_product = &convert_row<product_t, storage_t>;
   k.from_acc = &convert_row<acc_t, storage_t>;

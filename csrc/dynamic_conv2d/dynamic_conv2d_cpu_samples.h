@@ -70,10 +70,8 @@ class DynamicSamples {
         for (int64_t b = begin; b < end; ++b) {
           const int64_t from = b * kBankBlock, length = std::min(kBankBlock, size - from);
           acc_t* sums = grad_bank.sums() ? grad_bank.sums() + from : nullptr;
-          if (first == 0 && sums)
-            for (int64_t j = 0; j < kernels; ++j) std::fill_n(sums + j * size, length, acc_t(0));
-          k.unmix(t.weight + from, size, grads.data() + from, size, mix_ + first * kernels, kernels, count, length,
-                  sums, size, dots.of(b));
+          k.unmix({t.weight + from, kernels, size, 1, size, length}, grads.data() + from, size, 0,
+                  mix_ + first * kernels, count, sums, first > 0, dots.of(b));
           if (first + count == p.batch && sums)
             for (int64_t j = 0; j < kernels; ++j)
               grad_bank.finish(k.from_acc, j * size + from, j * size + from + length);
@@ -117,7 +115,7 @@ class DynamicSamples {
     // On one thread inside parallel_for, on all of them outside.
     torch::stable::parallel_for(0, blocks_of(size, kBankBlock), 16, [&](int64_t begin, int64_t end) {
       const int64_t from = begin * kBankBlock, to = std::min(size, end * kBankBlock);
-      k.mix(t.weight + from, size, p.bank.num_kernels, a, 1, to - from, s.kernel.data() + from, 0);
+      k.mix({t.weight + from, p.bank.num_kernels, size, 1, size, to - from}, a, 1, s.kernel.data() + from, 0, 0);
     });
     return kernel_tensor(s);
   }

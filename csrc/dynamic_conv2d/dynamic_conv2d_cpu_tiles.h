@@ -1,0 +1,367 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// dynamic_conv2d on the CPU by tiles: a small block of the bank (output channels x a chunk of input channels) is mixed
+// for a few samples while it is in the cache, multiplied with those samples' columns, and forgotten. A sample's kernel
+// is never whole in memory, and in the backward pass neither is its gradient.
+//
+//   tile     some pixels of one sample, or all pixels of some samples
+//   chunk    some channels of a group; with the taps, the rows of the columns
+//   panel    one or two vectors of pixels: what the innermost loop multiplies
+#pragma once
+
+#include "dynamic_conv2d/dynamic_conv2d_cpu.h"
+
+namespace dynconv {
+
+// Output channels that are mixed at once, and samples that are mixed for in one pass over the bank's block.
+constexpr int64_t kTileChannels = 32, kTileSamples = 4;
+// Columns of a tile: rows of about this many weights times about this many pixels stay in a core's second-level cache.
+constexpr int64_t kTileRows = 144, kTilePixels = 512;
+// More samples than this share a block of the bank without gain.
+constexpr int64_t kMostSamples = 32;
+// A chunk of an image with its padding, at most: tiles of larger images would leave the cache, and 32-bit offsets.
+constexpr int64_t kMostPaddedBytes = 64 * 1024 * 1024;
+
+inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+
+// How a call is cut.
+struct TileSchedule {
+  int64_t threads, lanes, panel;
+  int64_t chunk_channels, chunks;      // chunks of a group
+  int64_t rows, padded_rows;           // of a whole chunk's columns; padded to two vectors
+  int64_t samples, sample_blocks;      // samples of a tile
+  int64_t tile_pixels, tiles;          // pixels of a tile, a multiple of panel; tiles of a sample
+  int64_t padded_height, padded_width;
+
+  TileSchedule(const DynamicConv2dParams& p, int64_t vector_lanes)
+      : threads(std::max<int64_t>(1, torch::stable::get_num_threads())), lanes(vector_lanes) {
+    panel = p.out_pixels() <= lanes ? lanes : 2 * lanes;
+    chunk_channels = std::max<int64_t>(1, kTileRows / p.taps());
+    if (chunk_channels > lanes) chunk_channels = chunk_channels / lanes * lanes;
+    chunk_channels = std::min(chunk_channels, p.group_channels());
+    chunks = blocks_of(p.group_channels(), chunk_channels);
+    rows = chunk_channels * p.taps();
+    padded_rows = round_up(rows, 2 * lanes);
+    const int64_t pixels = round_up(p.out_pixels(), panel);
+    tiles = blocks_of(pixels, kTilePixels);
+    tile_pixels = round_up(blocks_of(pixels, tiles), panel);
+    tiles = blocks_of(p.out_pixels(), tile_pixels);
+    samples = tiles > 1 ? 1 : std::clamp<int64_t>(kTilePixels / pixels, 1, std::min(kMostSamples, p.batch));
+    if (samples > kTileSamples) samples = samples / kTileSamples * kTileSamples;
+    sample_blocks = blocks_of(p.batch, samples);
+    padded_height = p.height + 2 * p.padding_height;
+    padded_width = p.width + 2 * p.padding_width;
+  }
+
+  // Whether a group has rows enough for the product, and a padded chunk a bearable size.
+  static bool fits(const DynamicConv2dParams& p) {
+    const int64_t channels = std::max<int64_t>(1, std::min(p.group_channels(), kTileRows / p.taps()));
+    const double padded = double(p.height + 2 * p.padding_height) * double(p.width + 2 * p.padding_width);
+    return p.group_out_channels() >= 4 && p.taps() <= 4096 && padded * double(channels) * 8 <= kMostPaddedBytes;
+  }
+};
+
+template <class storage_t, class acc_t>
+class DynamicTiles {
+ public:
+  DynamicTiles(const DynamicConv2dParams& params, const DynamicTensors<storage_t>& tensors, const acc_t* mix)
+      : p(params),
+        t(tensors),
+        k(dynamic_kernels<storage_t, acc_t, acc_t>()),
+        mix_(mix),
+        s(params, k.lanes),
+        row_offset_(s.padded_rows + 2 * s.lanes) {}
+
+  void forward(storage_t* out) {
+    out_ = out;
+    // Rows of the padded image that a tile's taps reach.
+    const int64_t tile_height = std::min(p.out_height, (s.tile_pixels + p.out_width - 2) / p.out_width + 1);
+    image_rows_ = std::min(s.padded_height,
+                           (tile_height - 1) * p.stride_height + (p.kernel_height - 1) * p.dilation_height + 1);
+    set_row_offsets();
+    if (t.bias) {
+      bias_ = Buffer<acc_t>(p.batch * p.out_channels);
+      for (int64_t n = 0; n < p.batch; ++n)
+        mix_bias(p.bank, t.bias, mix_ + n * p.bank.num_kernels, bias_.data() + n * p.out_channels);
+    }
+    // Output channels are shared out where samples and pixels alone leave threads idle.
+    const int64_t blocks = blocks_of(p.group_out_channels(), kTileChannels), others = s.sample_blocks * s.tiles * p.groups;
+    const int64_t ranges = std::min(blocks, std::max(blocks_of(s.threads, others), blocks_of(blocks, 8)));
+    const int64_t range = blocks_of(blocks, ranges) * kTileChannels;
+    const int64_t range_count = blocks_of(p.group_out_channels(), range);
+    torch::stable::parallel_for(0, others * range_count, 1, [&](int64_t begin, int64_t end) {
+      ForwardScratch scratch(*this, range);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t first = i % range_count * range, rest = i / range_count;
+        forward_tile(scratch, rest / p.groups / s.tiles, rest / p.groups % s.tiles, rest % p.groups, first,
+                     std::min(range, p.group_out_channels() - first));
+      }
+    });
+  }
+
+  void backward(const DynamicGradients<storage_t, acc_t>& wanted) {
+    wanted_ = wanted;
+    if (!wanted.input && !wanted.weight && !wanted.mix) return;
+    image_rows_ = s.padded_height;
+    set_row_offsets();
+    // All pixels of a sample; tiles take their part of the table.
+    pixel_offset_ = Buffer<int32_t>(s.tiles * s.tile_pixels);
+    set_pixel_offsets(pixel_offset_.data(), 0, p.out_pixels(), s.tiles * s.tile_pixels, 0);
+    // Chunks of channels are shared out; with fewer chunks than threads samples as well, each part with sums of its own.
+    const int64_t size = p.bank.num_kernels * p.bank.kernel_size(), chunks = p.groups * s.chunks;
+    const int64_t parts = std::min(s.sample_blocks, blocks_of(s.threads, chunks));
+    const int64_t part_blocks = blocks_of(s.sample_blocks, parts), kernels = p.bank.num_kernels;
+    GradBank<storage_t, acc_t> grad_bank(wanted.weight, size);
+    Buffer<acc_t> part_sums(wanted.weight ? (parts - 1) * size : 0);
+    BlockDots<acc_t> dots(wanted.mix != nullptr, chunks, p.batch * kernels);
+    torch::stable::parallel_for(0, parts * chunks, 1, [&](int64_t begin, int64_t end) {
+      BackwardScratch scratch(*this);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t chunk = i % chunks, part = i / chunks;
+        scratch.sums = part == 0 ? grad_bank.sums() : wanted.weight ? part_sums.data() + (part - 1) * size : nullptr;
+        scratch.dots = dots.of(chunk);
+        backward_chunk(scratch, chunk / s.chunks, chunk % s.chunks * s.chunk_channels, part * part_blocks * s.samples,
+                       std::min(p.batch, (part + 1) * part_blocks * s.samples));
+      }
+    });
+    if (wanted.mix) dots.add_to(wanted.mix, p.batch * kernels);
+    if (wanted.weight && (parts > 1 || !std::is_same_v<storage_t, acc_t>))
+      torch::stable::parallel_for(0, blocks_of(size, kBankBlock), 4, [&](int64_t begin, int64_t end) {
+        const int64_t from = begin * kBankBlock, to = std::min(size, end * kBankBlock);
+        // A part may have got no samples: the last ones when blocks don't divide evenly.
+        for (int64_t part = 1; part < parts && part * part_blocks < s.sample_blocks; ++part) {
+          const acc_t* sums = part_sums.data() + (part - 1) * size;
+          for (int64_t i = from; i < to; ++i) grad_bank.sums()[i] += sums[i];
+        }
+        grad_bank.finish(k.from_acc, from, to);
+      });
+  }
+
+ private:
+  // ------------------------------------------------------------------------------------------------ geometry, packing
+
+  void set_row_offsets() {
+    int32_t* offset = row_offset_.data();
+    row_offset_.zero();
+    for (int64_t c = 0; c < s.chunk_channels; ++c)
+      for (int64_t i = 0; i < p.kernel_height; ++i)
+        for (int64_t j = 0; j < p.kernel_width; ++j)
+          *offset++ = int32_t((c * image_rows_ + i * p.dilation_height) * s.padded_width + j * p.dilation_width);
+  }
+
+  // Of pixels [begin, begin + count) in a padded image that starts at first_row; zero behind them up to size.
+  void set_pixel_offsets(int32_t* offset, int64_t begin, int64_t count, int64_t size, int64_t first_row) const {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t row = (begin + i) / p.out_width, column = (begin + i) % p.out_width;
+      offset[i] = int32_t((row * p.stride_height - first_row) * s.padded_width + column * p.stride_width);
+    }
+    std::fill(offset + count, offset + size, 0);
+  }
+
+  int64_t image_size() const { return s.chunk_channels * image_rows_ * s.padded_width; }
+
+  // Channels [first, first + channels) of a sample of input or its gradient.
+  ImageChunk<storage_t> image_chunk(const storage_t* data, int64_t n, int64_t first, int64_t channels) const {
+    const int64_t pixels = p.in_pixels();
+    const storage_t* image = data + n * p.channels * pixels + first * (p.channels_last ? 1 : pixels);
+    return {image, channels, p.height, p.width, p.channels_last ? 1 : pixels, p.channels_last ? p.channels : 1,
+            image_rows_ * s.padded_width, s.padded_width, p.padding_width};
+  }
+
+  // Output channels [o, o + rows) of all groups' count, and the chunk's weights of them.
+  BankBlock<storage_t> bank_block(int64_t o, int64_t rows, int64_t first_channel, int64_t count) const {
+    return {t.weight + o * p.bank.row + first_channel * p.taps(), p.bank.num_kernels, p.bank.kernel_size(), rows,
+            p.bank.row, count};
+  }
+
+  // ---------------------------------------------------------------------------------------------------------- forward
+
+  // Results go to the tensor itself where it is of the sums' type and layout.
+  bool direct() const { return std::is_same_v<storage_t, acc_t> && !p.channels_last; }
+
+  struct ForwardScratch {
+    Buffer<acc_t> image, columns, kernels, sums;
+    Buffer<int32_t> pixel_offset;
+
+    ForwardScratch(const DynamicTiles& call, int64_t range)
+        : image(call.image_size()),
+          columns(call.s.samples * call.s.rows * call.s.tile_pixels),
+          kernels(kTileSamples * kTileChannels * call.s.padded_rows),
+          sums(call.direct() ? 0 : call.s.samples * range * call.s.tile_pixels),
+          pixel_offset(call.s.tile_pixels) {
+      image.zero();
+    }
+  };
+
+  // Output channels [first_out, first_out + outs) of a group, for a tile.
+  void forward_tile(ForwardScratch& x, int64_t block, int64_t tile, int64_t group, int64_t first_out, int64_t outs) {
+    const int64_t n0 = block * s.samples, samples = std::min(s.samples, p.batch - n0);
+    const int64_t begin = tile * s.tile_pixels, count = std::min(s.tile_pixels, p.out_pixels() - begin);
+    const int64_t taps = p.taps(), o0 = group * p.group_out_channels() + first_out;
+    const int64_t first_row = begin / p.out_width * p.stride_height;
+    const int64_t last_row = (begin + count - 1) / p.out_width * p.stride_height +
+                             (p.kernel_height - 1) * p.dilation_height;
+    const int64_t used = round_up(count, s.panel);
+    set_pixel_offsets(x.pixel_offset.data(), begin, count, s.tile_pixels, first_row);
+    for (int64_t c0 = 0; c0 < p.group_channels(); c0 += s.chunk_channels) {
+      const int64_t channels = std::min(s.chunk_channels, p.group_channels() - c0), rows = channels * taps;
+      const ColumnPlan plan{row_offset_.data(), x.pixel_offset.data(), rows, count, s.panel};
+      for (int64_t i = 0; i < samples; ++i) {
+        k.pack_rows(image_chunk(t.input, n0 + i, group * p.group_channels() + c0, channels),
+                    first_row - p.padding_height, last_row + 1 - p.padding_height, x.image.data());
+        k.make_columns(x.image.data(), plan, x.columns.data() + i * rows * used);
+      }
+      for (int64_t o = 0; o < outs; o += kTileChannels) {
+        const int64_t tile_outs = std::min(kTileChannels, outs - o);
+        const auto bank = bank_block(o0 + o, tile_outs, c0, rows);
+        for (int64_t i = 0; i < samples; i += kTileSamples) {
+          const int64_t mixed = std::min(kTileSamples, samples - i);
+          k.mix(bank, mix_ + (n0 + i) * p.bank.num_kernels, mixed, x.kernels.data(), kTileChannels * s.padded_rows,
+                s.padded_rows);
+          for (int64_t j = i; j < i + mixed; ++j) {
+            acc_t* c;
+            int64_t c_row;
+            if (direct()) {
+              c = reinterpret_cast<acc_t*>(out_) + ((n0 + j) * p.out_channels + o0 + o) * p.out_pixels() + begin;
+              c_row = p.out_pixels();
+            } else {
+              c = x.sums.data() + (j * outs + o) * used;
+              c_row = used;
+            }
+            const acc_t* start =
+                c0 == 0 && t.bias ? bias_.data() + (n0 + j) * p.out_channels + o0 + o : nullptr;
+            const acc_t* a = x.kernels.data() + (j - i) * kTileChannels * s.padded_rows;
+            for (int64_t pixel = 0; pixel < count; pixel += s.panel)
+              k.product({a, s.padded_rows, 1, 0, rows, x.columns.data() + (j * used + pixel) * rows, s.panel, c + pixel,
+                         c_row, tile_outs, std::min(s.panel, count - pixel), rows, start, c0 > 0});
+          }
+        }
+      }
+    }
+    if (direct()) return;
+    for (int64_t i = 0; i < samples; ++i) {
+      storage_t* out = out_ + (n0 + i) * p.out_channels * p.out_pixels();
+      if (p.channels_last)
+        k.write_rows(x.sums.data() + i * outs * used, used, out + begin * p.out_channels + o0, 1, p.out_channels, outs,
+                     count);
+      else
+        k.write_rows(x.sums.data() + i * outs * used, used, out + o0 * p.out_pixels() + begin, p.out_pixels(), 1, outs,
+                     count);
+    }
+  }
+
+  // --------------------------------------------------------------------------------------------------------- backward
+
+  struct BackwardScratch {
+    Buffer<acc_t> image, grad_image, columns, grad_columns, grad_out, kernels, grad_kernels;
+    acc_t* sums = nullptr;  // of the bank's gradient
+    acc_t* dots = nullptr;  // (N, K)
+
+    explicit BackwardScratch(const DynamicTiles& call) {
+      const TileSchedule& s = call.s;
+      const bool want_kernel = call.wanted_.weight || call.wanted_.mix;
+      grad_out = Buffer<acc_t>(kTileSamples * kTileChannels * s.tile_pixels);
+      if (want_kernel) {
+        image = Buffer<acc_t>(call.image_size());
+        image.zero();
+        columns = Buffer<acc_t>(s.samples * s.padded_rows * s.tile_pixels);
+        // With several tiles, sums over them.
+        grad_kernels = Buffer<acc_t>(
+            (s.tiles > 1 ? call.p.group_out_channels() : kTileSamples * kTileChannels) * s.padded_rows);
+      }
+      if (call.wanted_.input) {
+        grad_image = Buffer<acc_t>(call.image_size());
+        grad_columns = Buffer<acc_t>(s.samples * s.rows * s.tile_pixels);
+        kernels = Buffer<acc_t>(kTileSamples * kTileChannels * s.padded_rows);
+      }
+    }
+  };
+
+  // Channels from c0 of a group, for samples [begin, end).
+  void backward_chunk(BackwardScratch& x, int64_t group, int64_t c0, int64_t begin, int64_t end) {
+    const int64_t channels = std::min(s.chunk_channels, p.group_channels() - c0);
+    for (int64_t n0 = begin; n0 < end; n0 += s.samples)
+      for (int64_t tile = 0; tile < s.tiles; ++tile)
+        backward_tile(x, group, c0, channels, n0, std::min(s.samples, end - n0), tile, n0 == begin);
+  }
+
+  void backward_tile(BackwardScratch& x, int64_t group, int64_t c0, int64_t channels, int64_t n0, int64_t samples,
+                     int64_t tile, bool first_samples) {
+    const bool want_kernel = wanted_.weight || wanted_.mix, last_tile = tile == s.tiles - 1;
+    const int64_t begin = tile * s.tile_pixels, count = std::min(s.tile_pixels, p.out_pixels() - begin);
+    const int64_t rows = channels * p.taps(), used = round_up(count, s.panel);
+    const int64_t first_channel = group * p.group_channels() + c0, padded_pixels = p.padding_height;
+    const ColumnPlan plan{row_offset_.data(), pixel_offset_.data() + begin, rows, count, s.panel};
+    const int64_t columns_size = s.padded_rows * s.tile_pixels;
+    for (int64_t i = 0; want_kernel && i < samples; ++i) {
+      if (tile == 0)
+        k.pack_rows(image_chunk(t.input, n0 + i, first_channel, channels), -p.padding_height,
+                    p.height + p.padding_height, x.image.data());
+      k.make_transposed_columns(x.image.data(), plan, x.columns.data() + i * columns_size);
+    }
+    const int64_t outs = p.group_out_channels();
+    for (int64_t o = 0; o < outs; o += kTileChannels) {
+      const int64_t tile_outs = std::min(kTileChannels, outs - o);
+      const int64_t first_out = group * outs + o;
+      const auto bank = bank_block(first_out, tile_outs, c0, rows);
+      for (int64_t i = 0; i < samples; i += kTileSamples) {
+        const int64_t mixed = std::min(kTileSamples, samples - i);
+        const acc_t* a = mix_ + (n0 + i) * p.bank.num_kernels;
+        for (int64_t j = 0; j < mixed; ++j) pack_grad_out(x, n0 + i + j, first_out, tile_outs, begin, count, j);
+        if (wanted_.input) {
+          k.mix(bank, a, mixed, x.kernels.data(), kTileChannels * s.padded_rows, s.padded_rows);
+          for (int64_t j = 0; j < mixed; ++j)
+            for (int64_t pixel = 0; pixel < used; pixel += s.panel)
+              k.product({x.kernels.data() + j * kTileChannels * s.padded_rows, 1, s.padded_rows, 0, tile_outs,
+                         grad_out_panels(x, j) + pixel * tile_outs, s.panel,
+                         x.grad_columns.data() + ((i + j) * s.tile_pixels + pixel) * rows, s.panel, rows, s.panel,
+                         tile_outs, nullptr, o > 0});
+        }
+        if (!want_kernel) continue;
+        acc_t* grads = x.grad_kernels.data() + (s.tiles > 1 ? o * s.padded_rows : 0);
+        for (int64_t j = 0; j < mixed; ++j)
+          for (int64_t row = 0; row < rows; row += 2 * s.lanes)
+            k.product({grad_out_panels(x, j), s.panel, 1, tile_outs * s.panel, s.panel,
+                       x.columns.data() + (i + j) * columns_size + row * count, 2 * s.lanes,
+                       grads + j * kTileChannels * s.padded_rows + row, s.padded_rows, tile_outs,
+                       std::min(2 * s.lanes, rows - row), count, nullptr, tile > 0});
+        if (last_tile)
+          k.unmix(bank, grads, kTileChannels * s.padded_rows, s.padded_rows, a, mixed,
+                  x.sums ? x.sums + (bank.data - t.weight) : nullptr, !first_samples || i > 0,
+                  x.dots ? x.dots + (n0 + i) * p.bank.num_kernels : nullptr);
+      }
+    }
+    for (int64_t i = 0; wanted_.input && i < samples; ++i) {
+      if (tile == 0) x.grad_image.zero();
+      k.add_columns(x.grad_columns.data() + i * s.tile_pixels * rows, plan, x.grad_image.data());
+      if (last_tile)
+        k.unpack_rows(x.grad_image.data(), padded_pixels,
+                      image_chunk(wanted_.input, n0 + i, first_channel, channels));
+    }
+  }
+
+  acc_t* grad_out_panels(BackwardScratch& x, int64_t j) const {
+    return x.grad_out.data() + j * kTileChannels * s.tile_pixels;
+  }
+
+  void pack_grad_out(BackwardScratch& x, int64_t n, int64_t o, int64_t outs, int64_t begin, int64_t count, int64_t j) {
+    const int64_t pixels = p.out_pixels();
+    const storage_t* sample = t.grad_out + n * p.out_channels * pixels;
+    if (t.grad_out_channels_last)
+      k.make_panels(sample + begin * p.out_channels + o, 1, p.out_channels, outs, count, s.panel, grad_out_panels(x, j));
+    else
+      k.make_panels(sample + o * pixels + begin, pixels, 1, outs, count, s.panel, grad_out_panels(x, j));
+  }
+
+  const DynamicConv2dParams& p;
+  const DynamicTensors<storage_t>& t;
+  const DynamicKernels<storage_t, acc_t, acc_t>& k;
+  const acc_t* mix_;
+  const TileSchedule s;
+  int64_t image_rows_ = 0;
+  Buffer<int32_t> row_offset_, pixel_offset_;
+  Buffer<acc_t> bias_;
+  storage_t* out_ = nullptr;
+  DynamicGradients<storage_t, acc_t> wanted_{};
+};
+
+}  // namespace dynconv
