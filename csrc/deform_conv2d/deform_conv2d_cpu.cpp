@@ -3,6 +3,7 @@
 // with the weight by the matrix product of torch. Nothing of the size of all columns is ever allocated.
 #include "common/buffer.h"
 #include "common/cpu_level.h"
+#include "common/dispatch.h"
 #include "common/gemm.h"
 #include "common/half_types.h"
 #include "common/host_device.h"
@@ -64,7 +65,7 @@ namespace dynconv {
 namespace {
 
 // Columns of a tile fill about this much of a core's second-level cache.
-constexpr int64_t kTileBytes = 512 * 1024;
+constexpr int64_t kTileBytes = 1024 * 1024;
 // Channels-first images are turned over in chunks of about this size.
 constexpr int64_t kChunkBytes = 16 * 1024 * 1024;
 // Threads that share an image each have a gradient of it, up to this much together.
@@ -507,51 +508,14 @@ class DeformBackward : public DeformCall<storage_t, acc_t, gemm_t> {
 
 // --------------------------------------------------------------------------------------------------------- operators
 
-template <class T>
-struct Tag {
-  using type = T;
-};
-
-// Calls f(storage_t, acc_t, gemm_t tags). 16-bit types multiply in float unless the CPU multiplies bfloat16 itself.
-template <class F>
-void dispatch(ScalarType type, F f) {
-  switch (type) {
-    case ScalarType::Float: return f(Tag<float>(), Tag<float>(), Tag<float>());
-    case ScalarType::Double: return f(Tag<double>(), Tag<double>(), Tag<double>());
-    case ScalarType::Half: return f(Tag<float16>(), Tag<float>(), Tag<float>());
-    default:
-      if (has_native_bfloat16()) return f(Tag<bfloat16>(), Tag<float>(), Tag<bfloat16>());
-      return f(Tag<bfloat16>(), Tag<float>(), Tag<float>());
-  }
-}
-
-StorageType storage_type(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return StorageType::float32;
-    case ScalarType::Double: return StorageType::float64;
-    case ScalarType::BFloat16: return StorageType::bfloat16;
-    default: return StorageType::float16;
-  }
-}
-
 template <class acc_t>
 ScalarReader<acc_t> reader(const std::optional<Tensor>& tensor) {
   if (!tensor) return {nullptr, StorageType::float32};
-  return {tensor->const_data_ptr(), storage_type(*tensor)};
+  return {tensor->const_data_ptr(), storage_type_of(*tensor)};
 }
 template <class acc_t>
 ScalarWriter<acc_t> writer(Tensor& tensor) {
-  return {tensor.numel() ? tensor.mutable_data_ptr() : nullptr, storage_type(tensor)};
-}
-
-Tensor in_layout(const Tensor& tensor, bool channels_last) {
-  return channels_last ? tensor : torch::stable::contiguous(tensor);
-}
-
-Tensor empty_in_layout(const Tensor& like, const std::vector<int64_t>& shape, bool channels_last) {
-  using torch::headeronly::MemoryFormat;
-  return torch::stable::empty({shape.data(), shape.size()}, like.scalar_type(), std::nullopt, like.device(),
-                              std::nullopt, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  return {tensor.numel() ? tensor.mutable_data_ptr() : nullptr, storage_type_of(tensor)};
 }
 
 Tensor deform_conv2d_cpu(const Tensor& input, const Tensor& offset, const Tensor& weight,
@@ -559,20 +523,18 @@ Tensor deform_conv2d_cpu(const Tensor& input, const Tensor& offset, const Tensor
                          const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                          const std::optional<Tensor>& mask) {
   const DeformConv2dParams p = make_params(input, offset, weight, bias, stride, padding, dilation, mask);
-  Tensor out = empty_in_layout(input, {p.batch, p.out_channels, p.out_height, p.out_width}, p.channels_last);
+  Tensor out = new_tensor(input, {p.batch, p.out_channels, p.out_height, p.out_width}, p.channels_last);
   if (p.batch == 0) return out;
-  const Tensor x = in_layout(input, p.channels_last), w = torch::stable::contiguous(weight);
-  std::optional<Tensor> b;
-  if (bias) b = torch::stable::contiguous(*bias);
-  dispatch(input.scalar_type(), [&](auto storage, auto acc, auto product) {
+  const Tensor x = dense(input, p.channels_last), w = torch::stable::contiguous(weight);
+  const std::optional<Tensor> b = dense(bias);
+  dispatch_types(input.scalar_type(), [&](auto storage, auto acc, auto product) {
     using storage_t = typename decltype(storage)::type;
     using acc_t = typename decltype(acc)::type;
     using gemm_t = typename decltype(product)::type;
-    DeformForward<storage_t, acc_t, gemm_t> call(p, static_cast<const storage_t*>(x.const_data_ptr()),
+    DeformForward<storage_t, acc_t, gemm_t> call(p, const_data<storage_t>(x),
                                                  reader<acc_t>(offset), reader<acc_t>(mask),
-                                                 static_cast<const storage_t*>(w.const_data_ptr()));
-    call.run(b ? static_cast<const storage_t*>(b->const_data_ptr()) : nullptr,
-             static_cast<storage_t*>(out.mutable_data_ptr()));
+                                                 const_data<storage_t>(w));
+    call.run(const_data<storage_t>(b), static_cast<storage_t*>(out.mutable_data_ptr()));
   });
   return out;
 }
@@ -590,37 +552,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward_cpu(
   check_equal("grad_out.shape[2]", grad_out.size(2), "output height", p.out_height);
   check_equal("grad_out.shape[3]", grad_out.size(3), "output width", p.out_width);
   if (output_mask.size() != 5) fail("output_mask: got ", output_mask.size(), " values, expected 5");
-  auto wanted = [&](bool want, const Tensor& like, const std::vector<int64_t>& shape, bool channels_last = false) {
-    return want ? empty_in_layout(like, shape, channels_last) : empty_in_layout(like, {0}, false);
-  };
   const int64_t taps = p.taps();
-  Tensor grad_input = wanted(output_mask[0], input, {p.batch, p.channels, p.height, p.width}, p.channels_last);
+  Tensor grad_input = new_gradient(output_mask[0], input, {p.batch, p.channels, p.height, p.width}, p.channels_last);
   Tensor grad_offset =
-      wanted(output_mask[1], offset, {p.batch, 2 * p.offset_groups * taps, p.out_height, p.out_width});
+      new_gradient(output_mask[1], offset, {p.batch, 2 * p.offset_groups * taps, p.out_height, p.out_width});
   Tensor grad_weight =
-      wanted(output_mask[2], weight, {p.out_channels, p.group_channels(), p.kernel_height, p.kernel_width});
-  Tensor grad_bias = wanted(output_mask[3], weight, {p.out_channels});
-  Tensor grad_mask = wanted(output_mask[4] && mask, mask ? *mask : offset,
+      new_gradient(output_mask[2], weight, {p.out_channels, p.group_channels(), p.kernel_height, p.kernel_width});
+  Tensor grad_bias = new_gradient(output_mask[3], weight, {p.out_channels});
+  Tensor grad_mask = new_gradient(output_mask[4] && mask, mask ? *mask : offset,
                             {p.batch, p.offset_groups * taps, p.out_height, p.out_width});
   if (p.batch == 0) {
     torch::stable::zero_(grad_weight);
     torch::stable::zero_(grad_bias);
     return {grad_input, grad_offset, grad_weight, grad_bias, grad_mask};
   }
-  const Tensor x = in_layout(input, p.channels_last), w = torch::stable::contiguous(weight);
+  const Tensor x = dense(input, p.channels_last), w = torch::stable::contiguous(weight);
   const bool grad_channels_last = is_channels_last(grad_out);
-  const Tensor g = in_layout(grad_out, grad_channels_last);
-  dispatch(input.scalar_type(), [&](auto storage, auto acc, auto product) {
+  const Tensor g = dense(grad_out, grad_channels_last);
+  dispatch_types(input.scalar_type(), [&](auto storage, auto acc, auto product) {
     using storage_t = typename decltype(storage)::type;
     using acc_t = typename decltype(acc)::type;
     using gemm_t = typename decltype(product)::type;
-    auto data = [](Tensor& t) { return t.numel() ? static_cast<storage_t*>(t.mutable_data_ptr()) : nullptr; };
-    DeformBackward<storage_t, acc_t, gemm_t> call(p, static_cast<const storage_t*>(x.const_data_ptr()),
+    DeformBackward<storage_t, acc_t, gemm_t> call(p, const_data<storage_t>(x),
                                                   reader<acc_t>(offset), reader<acc_t>(mask),
-                                                  static_cast<const storage_t*>(w.const_data_ptr()));
-    DeformGradients<storage_t, acc_t> gradients{data(grad_input), writer<acc_t>(grad_offset),
-                                                writer<acc_t>(grad_mask), data(grad_weight), data(grad_bias)};
-    call.run(static_cast<const storage_t*>(g.const_data_ptr()), grad_channels_last, gradients);
+                                                  const_data<storage_t>(w));
+    DeformGradients<storage_t, acc_t> gradients{mutable_data<storage_t>(grad_input), writer<acc_t>(grad_offset),
+                                                writer<acc_t>(grad_mask), mutable_data<storage_t>(grad_weight), mutable_data<storage_t>(grad_bias)};
+    call.run(const_data<storage_t>(g), grad_channels_last, gradients);
   });
   return {grad_input, grad_offset, grad_weight, grad_bias, grad_mask};
 }
