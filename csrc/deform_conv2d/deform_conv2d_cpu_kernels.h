@@ -4,6 +4,7 @@
 // An image is (pixel, channel), channels fastest, so that one tap's coordinates and weights serve a run of channels.
 // Columns of a tile are (group, pixel, tap, channel of the group): what the matrix product with the weight reads.
 
+#include "common/matmul.inl"
 #include "deform_conv2d/deform_conv2d_math.h"
 
 // A strip is a run of output pixels, one a lane, of one offset group. Its taps are located at once; then a block of
@@ -280,6 +281,9 @@ DeformKernels<storage_t, acc_t, gemm_t> deform_kernels() {
   k.scatter_tile = &scatter_tile<storage_t, acc_t, gemm_t>;
   k.depthwise_tile = &depthwise_tile<acc_t, gemm_t>;
   k.depthwise_backward_tile = &depthwise_backward_tile<acc_t, gemm_t>;
+  k.matmul = &matmul<acc_t>;
+  k.pack_panels = &pack_panels<gemm_t, acc_t>;
+  k.panel = kPanel<acc_t>;
   k.pack_image = &transpose<storage_t, storage_t>;
   k.pack_weight = &transpose<storage_t, gemm_t>;
   k.unpack_image = &transpose<acc_t, storage_t>;

@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// A matrix product with its sums in registers, for tiles that lie in the cache: included after simd.inl. It saves the
+// packing that a library's product must do on every call, and reads its left factor with any strides.
+
+// Columns of the right factor that are held in registers at a time.
+template <class acc_t>
+constexpr int64_t kPanel = 2 * Simd<acc_t>::lanes;
+constexpr int kMatmulRows = DYNCONV_LEVEL == 2 ? 12 : 4;
+
+// ROWS x VECTORS vectors of c from column 0 of b on; of the last vector, tail elements (all of them if 0).
+template <int ROWS, int VECTORS, class acc_t>
+DYNCONV_INLINE void matmul_block(const Matmul<acc_t>& x, const acc_t* a, const acc_t* b, acc_t* c, int64_t tail) {
+  constexpr int64_t lanes = Simd<acc_t>::lanes;
+  Vec<acc_t> sum[ROWS][VECTORS];
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) {
+      const acc_t* at = c + i * x.c_row + v * lanes;
+      if (!x.accumulate) sum[i][v] = Vec<acc_t>{};
+      else sum[i][v] = v + 1 == VECTORS && tail ? load_partial<acc_t>(at, tail) : load(at);
+    }
+  const bool partial = tail && !x.b_padded;
+  for (int64_t k = 0; k < x.depth; ++k, a += x.a_step, b += x.b_step) {
+    Vec<acc_t> right[VECTORS];
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v)
+      right[v] = v + 1 == VECTORS && partial ? load_partial<acc_t>(b + v * lanes, tail) : load(b + v * lanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) sum[i][v] += a[i * x.a_row] * right[v];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) {
+      acc_t* at = c + i * x.c_row + v * lanes;
+      if (v + 1 == VECTORS && tail) store_partial<acc_t>(at, sum[i][v], tail);
+      else store(at, sum[i][v]);
+    }
+}
+
+template <int VECTORS, class acc_t>
+DYNCONV_INLINE void matmul_rows(const Matmul<acc_t>& x, const acc_t* b, acc_t* c, int64_t tail) {
+  int64_t i = 0;
+  for (; i + kMatmulRows <= x.rows; i += kMatmulRows)
+    matmul_block<kMatmulRows, VECTORS>(x, x.a + i * x.a_row, b, c + i * x.c_row, tail);
+  for (; i + 4 <= x.rows; i += 4) matmul_block<4, VECTORS>(x, x.a + i * x.a_row, b, c + i * x.c_row, tail);
+  for (; i < x.rows; ++i) matmul_block<1, VECTORS>(x, x.a + i * x.a_row, b, c + i * x.c_row, tail);
+}
+
+template <class acc_t>
+void matmul(const Matmul<acc_t>& x) {
+  constexpr int64_t lanes = Simd<acc_t>::lanes;
+  for (int64_t column = 0; column < x.columns; column += kPanel<acc_t>) {
+    const acc_t* b = x.b + column / kPanel<acc_t> * x.b_panel;
+    acc_t* c = x.c + column;
+    const int64_t rest = x.columns - column;
+    if (rest >= kPanel<acc_t>) matmul_rows<2>(x, b, c, 0);
+    else if (rest > lanes) matmul_rows<2>(x, b, c, rest - lanes);
+    else matmul_rows<1>(x, b, c, rest == lanes ? 0 : rest);
+  }
+}
+
+// Lays (depth, columns) with the given strides out in panels of kPanel columns, zero behind the last.
+template <class from_t, class acc_t>
+void pack_panels(const from_t* from, int64_t step, int64_t column_step, int64_t depth, int64_t columns, acc_t* to) {
+  for (int64_t first = 0; first < columns; first += kPanel<acc_t>)
+    for (int64_t k = 0; k < depth; ++k, to += kPanel<acc_t>)
+      for (int64_t j = 0; j < kPanel<acc_t>; ++j) {
+        if (first + j < columns) convert(from[k * step + (first + j) * column_step], to + j);
+        else to[j] = acc_t(0);
+      }
+}

@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What both directions of deform_conv2d on the CPU share: the table of loops, how a call is cut, and its operands.
+//
+// Tiles of output pixels are sampled into columns that stay in the cache, and multiplied with the weight there. Nothing
+// of the size of all columns is ever allocated.
+#pragma once
+
+#include "common/buffer.h"
+#include "common/gemm.h"
+#include "common/half_types.h"
+#include "common/matmul.h"
+#include "deform_conv2d/deform_conv2d.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <type_traits>
+
+namespace dynconv {
+
+// The image that the loops sample: channels fastest, and what a corner outside reads instead.
+template <class storage_t>
+struct DeformImage {
+  const storage_t* pixels;    // (H * W, C)
+  const storage_t* zero_row;  // C zeros
+};
+
+// storage_t is what the tensors hold, acc_t what is computed in, gemm_t what the matrix product multiplies.
+template <class storage_t, class acc_t, class gemm_t>
+struct DeformKernels {
+  int64_t scratch_bytes;  // a tap, for the two tile functions
+  void (*sample_tile)(const DeformConv2dParams&, DeformImage<storage_t>, ScalarReader<acc_t> offset,
+                      ScalarReader<acc_t> mask, int64_t n, int64_t begin, int64_t count, int64_t column_groups,
+                      void* scratch, gemm_t* columns);
+  void (*scatter_tile)(const DeformConv2dParams&, DeformImage<storage_t>, ScalarReader<acc_t> offset,
+                       ScalarReader<acc_t> mask, int64_t n, int64_t begin, int64_t count, int64_t column_groups,
+                       void* scratch, const gemm_t* grad_columns, acc_t* grad_input, ScalarWriter<acc_t> grad_offset,
+                       ScalarWriter<acc_t> grad_mask);
+  void (*depthwise_tile)(int64_t count, int64_t taps, int64_t channels, const gemm_t* columns, const acc_t* weight,
+                         const acc_t* bias, acc_t* out);
+  void (*depthwise_backward_tile)(int64_t count, int64_t taps, int64_t channels, const acc_t* grad_out,
+                                  const acc_t* weight, const gemm_t* columns, gemm_t* grad_columns,
+                                  acc_t* grad_weight);
+  void (*matmul)(const Matmul<acc_t>&);
+  void (*pack_panels)(const gemm_t*, int64_t step, int64_t column_step, int64_t depth, int64_t columns, acc_t* to);
+  int64_t panel;  // columns of a panel of matmul
+  void (*pack_image)(const storage_t*, int64_t, storage_t*, int64_t, int64_t, int64_t);
+  void (*pack_weight)(const storage_t*, int64_t, gemm_t*, int64_t, int64_t, int64_t);
+  void (*unpack_image)(const acc_t*, int64_t, storage_t*, int64_t, int64_t, int64_t);
+  void (*pack_grad_out)(const storage_t*, int64_t, acc_t*, int64_t, int64_t, int64_t);
+  void (*to_storage)(const acc_t*, storage_t*, int64_t);
+  void (*to_acc)(const storage_t*, acc_t*, int64_t);
+  void (*add_row)(const gemm_t*, acc_t*, int64_t);
+  void (*add_acc_row)(const acc_t*, acc_t*, int64_t);
+  void (*add_storage_row)(const storage_t*, acc_t*, int64_t);
+  acc_t (*sum_row)(const storage_t*, int64_t);
+};
+
+namespace deform {
+
+// Columns of a tile fill about this much of a core's second-level cache.
+constexpr int64_t kTileBytes = 1024 * 1024;
+// Channels-first images are turned over in chunks of about this size.
+constexpr int64_t kChunkBytes = 16 * 1024 * 1024;
+// Threads that share an image each have a gradient of it, up to this much together.
+constexpr int64_t kPartialBytes = 512 * 1024 * 1024;
+
+// The loops for the instruction set in use.
+template <class storage_t, class acc_t, class gemm_t>
+const DeformKernels<storage_t, acc_t, gemm_t>& kernels();
+
+// How one call is cut: chunks of images, tiles of pixels.
+struct Schedule {
+  int64_t threads, chunk_images, tile_pixels, tiles;
+
+  Schedule(const DeformConv2dParams& p, int64_t storage_size, int64_t gemm_size) {
+    threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+    const int64_t fit = kTileBytes / std::max<int64_t>(1, p.taps() * p.channels * gemm_size);
+    tile_pixels = std::clamp<int64_t>(fit / 16 * 16, 32, 512);
+    // Small maps: enough tiles for every thread, all of about the same size.
+    const int64_t wanted = std::max<int64_t>((p.out_pixels() + tile_pixels - 1) / tile_pixels,
+                                             std::min((threads + p.batch - 1) / std::max<int64_t>(1, p.batch),
+                                                      (p.out_pixels() + 15) / 16));
+    tile_pixels = ((p.out_pixels() + wanted - 1) / wanted + 11) / 12 * 12;  // rows of the matrix product
+    tiles = (p.out_pixels() + tile_pixels - 1) / tile_pixels;
+    const int64_t image_bytes = p.in_pixels() * p.channels * storage_size;
+    chunk_images = std::max<int64_t>(1, kChunkBytes / std::max<int64_t>(1, image_bytes));
+    if (chunk_images > threads) chunk_images = chunk_images / threads * threads;
+    chunk_images = std::min(chunk_images, p.batch);
+  }
+};
+
+// Whether the layer is depthwise with one output a channel: its product is done in the sampling's own layout.
+inline bool is_depthwise(const DeformConv2dParams& p) { return p.groups == p.channels && p.out_channels == p.channels; }
+
+template <class storage_t, class acc_t, class gemm_t>
+class DeformCall {
+ public:
+  // Types with matrix instructions of their own go to the library's product, the others to matmul.inl.
+  static constexpr bool own_product = std::is_same_v<gemm_t, acc_t>;
+  using Kernels = DeformKernels<storage_t, acc_t, gemm_t>;
+
+  DeformCall(const DeformConv2dParams& params, const storage_t* input, ScalarReader<acc_t> offset,
+             ScalarReader<acc_t> mask, const storage_t* weight)
+      : p(params),
+        k(kernels<storage_t, acc_t, gemm_t>()),
+        schedule(params, sizeof(storage_t), sizeof(gemm_t)),
+        depthwise(is_depthwise(params)),
+        column_groups(depthwise ? 1 : params.groups),
+        input_(input),
+        offset_(offset),
+        mask_(mask),
+        zero_row_(params.channels) {
+    static_assert(own_product || std::is_same_v<storage_t, gemm_t>);
+    zero_row_.zero();
+    if (!p.channels_last) packed_ = Buffer<storage_t>(schedule.chunk_images * image_size());
+    const int64_t taps = p.taps(), cg = p.group_channels();
+    if (depthwise) {  // (tap, channel)
+      weight_acc_ = Buffer<acc_t>(p.channels * taps);
+      k.pack_grad_out(weight, taps, weight_acc_.data(), p.channels, p.channels, taps);
+    } else {  // (output channel, tap, channel of the group)
+      weight_ = Buffer<gemm_t>(p.out_channels * cg * taps);
+      torch::stable::parallel_for(0, p.out_channels, 1 + 65536 / (taps * cg), [&](int64_t begin, int64_t end) {
+        for (int64_t o = begin; o < end; ++o)
+          k.pack_weight(weight + o * cg * taps, taps, weight_.data() + o * cg * taps, cg, cg, taps);
+      });
+    }
+  }
+
+  int64_t image_size() const { return p.in_pixels() * p.channels; }
+  int64_t columns_size() const { return schedule.tile_pixels * p.taps() * p.channels; }
+
+  // Makes images [first, first + count) readable through image().
+  void begin_chunk(int64_t first, int64_t count) {
+    chunk_first_ = first;
+    if (p.channels_last) return;
+    // Slices of pixels, so that one large image keeps every thread busy as well.
+    const int64_t slices = (p.in_pixels() + 1023) / 1024;
+    torch::stable::parallel_for(0, count * slices, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t n = i / slices, from = i % slices * 1024, pixels = std::min<int64_t>(1024, p.in_pixels() - from);
+        k.pack_image(input_ + (first + n) * image_size() + from, p.in_pixels(),
+                     packed_.data() + n * image_size() + from * p.channels, p.channels, p.channels, pixels);
+      }
+    });
+  }
+
+  DeformImage<storage_t> image(int64_t n) const {
+    return {p.channels_last ? input_ + n * image_size() : packed_.data() + (n - chunk_first_) * image_size(),
+            zero_row_.data()};
+  }
+
+  int64_t scratch_size() const { return k.scratch_bytes * p.taps(); }
+
+  void sample(int64_t n, int64_t begin, int64_t count, void* scratch, gemm_t* columns) const {
+    k.sample_tile(p, image(n), offset_, mask_, n, begin, count, column_groups, scratch, columns);
+  }
+
+  // Lays each group's weight out as panels of its transpose (taps * channels, output channels), or of itself.
+  void make_panels(bool transposed) {
+    const int64_t rows = p.group_out_channels(), width = p.taps() * p.group_channels();
+    const int64_t depth = transposed ? width : rows, columns = transposed ? rows : width;
+    const int64_t panels = (columns + k.panel - 1) / k.panel;
+    group_panels_ = panels * depth * k.panel;
+    panels_ = Buffer<acc_t>(p.groups * group_panels_);
+    torch::stable::parallel_for(0, p.groups * panels, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t first = i % panels * k.panel;
+        const gemm_t* from = weight_.data() + i / panels * rows * width + first * (transposed ? width : 1);
+        k.pack_panels(from, transposed ? 1 : width, transposed ? width : 1, depth, std::min(k.panel, columns - first),
+                      panels_.data() + i * depth * k.panel);
+      }
+    });
+  }
+
+  Matrix<const gemm_t> weight_of(int64_t group) const {
+    const int64_t rows = p.group_out_channels(), columns = p.taps() * p.group_channels();
+    return {weight_.data() + group * rows * columns, rows, columns, columns, 1};
+  }
+
+  template <class T>
+  Matrix<T> columns_of(T* columns, int64_t count, int64_t group) const {
+    const int64_t width = p.taps() * p.group_channels();
+    return {columns + group * count * width, count, width, width, 1};
+  }
+
+  const DeformConv2dParams& p;
+  const Kernels& k;
+  const Schedule schedule;
+  const bool depthwise;
+  const int64_t column_groups;
+
+ protected:
+  const storage_t* input_;
+  ScalarReader<acc_t> offset_, mask_;
+  Buffer<storage_t> zero_row_, packed_;
+  Buffer<gemm_t> weight_;
+  Buffer<acc_t> weight_acc_, panels_;
+  int64_t group_panels_ = 0;  // elements of a group's panels
+  int64_t chunk_first_ = 0;
+};
+
+// A tile of an (N, O, Ho, Wo) tensor as a matrix (output channel of the group, pixel).
+template <class T>
+Matrix<T> tile_of(const DeformConv2dParams& p, bool channels_last, T* data, int64_t n, int64_t begin, int64_t count,
+                  int64_t group) {
+  const int64_t rows = p.group_out_channels(), pixels = p.out_pixels(), o = group * rows;
+  if (channels_last) return {data + (n * pixels + begin) * p.out_channels + o, rows, count, 1, p.out_channels};
+  return {data + (n * p.out_channels + o) * pixels + begin, rows, count, pixels, 1};
+}
+
+}  // namespace deform
+}  // namespace dynconv
