@@ -93,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor> aggregate_kernels_backward_cpu(
           const int64_t from = block * kBankBlock, length = std::min(kBankBlock, size - from);
           A* sums = grad_bank.sums() ? grad_bank.sums() + from : nullptr;
           k.unmix({const_data<S>(w) + from, p.num_kernels, size, 1, size, length}, const_data<S>(g) + from, size, 0,
-                  mix.data(), p.batch, sums, false, dots.of(block));
+                  mix.data(), p.batch, {sums, size, size}, false, dots.of(block));
           for (int64_t j = 0; sums && j < p.num_kernels; ++j)
             grad_bank.finish(k.from_acc, j * size + from, j * size + from + length);
         }
@@ -110,6 +110,9 @@ std::tuple<Tensor, Tensor, Tensor> aggregate_kernels_backward_cpu(
 
 // Whether to compute by tiles rather than sample by sample. The environment variable DYNCONV_DYNAMIC_CONV2D=tiles|samples
 // decides instead where both can: for tests and measurements.
+//
+// Tiles win except where torch multiplies bfloat16 natively, which they don't, on maps so large that mixing and packing a
+// sample's kernel is little beside its convolution, and with work enough for all threads to share a single sample.
 template <class product_t>
 bool use_tiles(const DynamicConv2dParams& p) {
   if (!TileSchedule::fits(p)) return false;
@@ -118,7 +121,10 @@ bool use_tiles(const DynamicConv2dParams& p) {
     if (std::string(wish) == "samples") return false;
     fail("DYNCONV_DYNAMIC_CONV2D: got ", wish, ", expected tiles or samples");
   }
-  return true;
+  if (!std::is_same_v<product_t, bfloat16>) return true;
+  const double work = double(p.out_pixels()) * double(p.bank.kernel_size());  // multiply-adds of a sample
+  const bool enough_work = work >= 4e6 * double(torch::stable::get_num_threads());
+  return !(p.out_pixels() >= 192 && p.group_channels() >= 16 && enough_work);
 }
 
 Tensor dynamic_conv2d_cpu(const Tensor& input, const Tensor& weight, const Tensor& attention,

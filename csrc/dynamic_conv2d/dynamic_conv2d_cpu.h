@@ -28,12 +28,24 @@ struct BankBlock {
   int64_t rows, row_stride, count;
 };
 
+// Where sums over samples for such a block go, in acc_t.
+template <class acc_t>
+struct BankSums {
+  acc_t* data;
+  int64_t kernel_stride, row_stride;
+};
+
+// Distance of the rows of a mixed block, and with it the most weights that they have. An odd number of cache lines, so
+// that equal positions of several rows don't fall into one set of the cache.
+constexpr int kKernelRow = 336;
+
 // c[i][j] = sum_k a[i][k] b[k][j], for up to two vectors of columns j. a[i][k] lies at
-// i * a_row + k % segment * a_step + k / segment * a_segment, b[k] at k * b_step, whole vectors readable.
+// i * (a distance that the function's name tells) + k % segment * a_step + k / segment * a_segment, b[k] at k * b_step,
+// whole vectors readable.
 template <class acc_t>
 struct Product {
   const acc_t* a;
-  int64_t a_row, a_step, a_segment, segment;
+  int64_t a_step, a_segment, segment;
   const acc_t* b;
   int64_t b_step;
   acc_t* c;
@@ -67,8 +79,12 @@ struct DynamicKernels {
   void (*mix)(const BankBlock<storage_t>&, const acc_t* a, int64_t samples, product_t* out, int64_t out_stride,
               int64_t out_row);
   void (*unmix)(const BankBlock<storage_t>&, const product_t* grads, int64_t grad_stride, int64_t grad_row,
-                const acc_t* a, int64_t samples, acc_t* sums, bool accumulate, acc_t* dots);
+                const acc_t* a, int64_t samples, BankSums<acc_t> sums, bool accumulate, acc_t* dots);
+  // Rows of a are kKernelRow, 1, one vector and two vectors apart.
   void (*product)(const Product<acc_t>&);
+  void (*product_transposed)(const Product<acc_t>&);
+  void (*product_panel)(const Product<acc_t>&);
+  void (*product_two_panels)(const Product<acc_t>&);
   void (*pack_rows)(const ImageChunk<storage_t>&, int64_t begin, int64_t end, acc_t* padded);
   void (*unpack_rows)(const acc_t* padded, int64_t padding_height, const ImageChunk<storage_t>&);
   void (*make_columns)(const acc_t* padded, const ColumnPlan&, acc_t* columns);

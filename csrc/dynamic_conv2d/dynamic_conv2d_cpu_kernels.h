@@ -61,10 +61,11 @@ void mix(const BankBlock<storage_t>& bank, const acc_t* a, int64_t samples, out_
 }
 
 // For samples s < S and kernels k < K: sums[k] (+)= sum_s a[s][k] * grads[s], and dots[s][k] += <bank[k], grads[s]>, in
-// one pass. sums are of the bank's shape and strides; they or dots may be null.
+// one pass. sums.data or dots may be null.
 template <int S, int K, class storage_t, class acc_t, class grad_t>
 DYNCONV_INLINE void unmix_samples(const BankBlock<storage_t>& bank, const grad_t* grads, int64_t grad_stride,
-                                  int64_t grad_row, const acc_t* a, acc_t* sums, bool accumulate, acc_t* dots) {
+                                  int64_t grad_row, const acc_t* a, BankSums<acc_t> sums, bool accumulate,
+                                  acc_t* dots) {
   constexpr int64_t lanes = Simd<acc_t>::lanes;
   Vec<acc_t> dot[S][K] = {};
   for (int64_t row = 0; row < bank.rows; ++row)
@@ -75,9 +76,9 @@ DYNCONV_INLINE void unmix_samples(const BankBlock<storage_t>& bank, const grad_t
         const grad_t* at = grads + s * grad_stride + row * grad_row + i;
         grad[s] = rest >= lanes ? load(at) : load_partial<acc_t>(at, rest);
       }
-      if (sums) {
+      if (sums.data) {
         for (int k = 0; k < K; ++k) {
-          acc_t* at = sums + k * bank.kernel_stride + row * bank.row_stride + i;
+          acc_t* at = sums.data + k * sums.kernel_stride + row * sums.row_stride + i;
           Vec<acc_t> sum = {};
           if (accumulate) sum = rest >= lanes ? load(at) : load_partial<acc_t>(at, rest);
           for (int s = 0; s < S; ++s) sum += a[s * bank.num_kernels + k] * grad[s];
@@ -100,11 +101,13 @@ DYNCONV_INLINE void unmix_samples(const BankBlock<storage_t>& bank, const grad_t
 
 template <int S, class storage_t, class acc_t, class grad_t>
 DYNCONV_INLINE void unmix_kernels(const BankBlock<storage_t>& bank, const grad_t* grads, int64_t grad_stride,
-                                  int64_t grad_row, const acc_t* a, acc_t* sums, bool accumulate, acc_t* dots) {
+                                  int64_t grad_row, const acc_t* a, BankSums<acc_t> sums, bool accumulate,
+                                  acc_t* dots) {
   for (int64_t k = 0; k < bank.num_kernels;) {
     BankBlock<storage_t> part = bank;
     part.data += k * bank.kernel_stride;
-    acc_t* sum = sums ? sums + k * bank.kernel_stride : nullptr;
+    BankSums<acc_t> sum = sums;
+    if (sum.data) sum.data += k * sums.kernel_stride;
     acc_t* dot = dots ? dots + k : nullptr;
     if (bank.num_kernels - k >= 4) {
       unmix_samples<S, 4>(part, grads, grad_stride, grad_row, a + k, sum, accumulate, dot);
@@ -121,7 +124,7 @@ DYNCONV_INLINE void unmix_kernels(const BankBlock<storage_t>& bank, const grad_t
 
 template <class storage_t, class acc_t, class grad_t>
 void unmix(const BankBlock<storage_t>& bank, const grad_t* grads, int64_t grad_stride, int64_t grad_row, const acc_t* a,
-           int64_t samples, acc_t* sums, bool accumulate, acc_t* dots) {
+           int64_t samples, BankSums<acc_t> sums, bool accumulate, acc_t* dots) {
   for (int64_t s = 0; s < samples; accumulate = true) {
     const grad_t* grad = grads + s * grad_stride;
     const acc_t* mixing = a + s * bank.num_kernels;
@@ -141,8 +144,9 @@ void unmix(const BankBlock<storage_t>& bank, const grad_t* grads, int64_t grad_s
 
 // ------------------------------------------------------------------------------------------------------ matrix product
 
-// ROWS x VECS vectors of c, held in registers over the whole depth.
-template <int ROWS, int VECS, class acc_t>
+// ROWS x VECS vectors of c, held in registers over the whole depth. A_ROW, the distance of a's rows, is a constant, so
+// that their addresses take no registers.
+template <int ROWS, int VECS, int A_ROW, class acc_t>
 DYNCONV_INLINE void product_block(const Product<acc_t>& x, const acc_t* a, acc_t* c, const acc_t* start) {
   constexpr int64_t lanes = Simd<acc_t>::lanes;
   const int64_t last = x.columns - (VECS - 1) * lanes;  // valid elements of the last vector
@@ -165,7 +169,7 @@ DYNCONV_INLINE void product_block(const Product<acc_t>& x, const acc_t* a, acc_t
       Vec<acc_t> value[VECS];
       for (int v = 0; v < VECS; ++v) value[v] = load(b + v * lanes);
       for (int i = 0; i < ROWS; ++i)
-        for (int v = 0; v < VECS; ++v) sum[i][v] += at[i * x.a_row] * value[v];
+        for (int v = 0; v < VECS; ++v) sum[i][v] += at[i * A_ROW] * value[v];
     }
   }
   for (int i = 0; i < ROWS; ++i)
@@ -176,35 +180,35 @@ DYNCONV_INLINE void product_block(const Product<acc_t>& x, const acc_t* a, acc_t
     }
 }
 
-template <int VECS, class acc_t>
+template <int VECS, int A_ROW, class acc_t>
 DYNCONV_INLINE void product_rows(const Product<acc_t>& x) {
   // As many sums as hide the latency of a fused multiply-add, and fit the registers.
   constexpr int most = (DYNCONV_LEVEL == 2 ? 16 : 8) / VECS;
   for (int64_t i = 0; i < x.rows;) {
-    const acc_t* a = x.a + i * x.a_row;
+    const acc_t* a = x.a + i * A_ROW;
     acc_t* c = x.c + i * x.c_row;
     const acc_t* start = x.start ? x.start + i : nullptr;
     const int64_t rest = x.rows - i;
     if (rest >= most) {
-      product_block<most, VECS>(x, a, c, start);
+      product_block<most, VECS, A_ROW>(x, a, c, start);
       i += most;
     } else if (rest >= 4) {
-      product_block<4, VECS>(x, a, c, start);
+      product_block<4, VECS, A_ROW>(x, a, c, start);
       i += 4;
     } else if (rest >= 2) {
-      product_block<2, VECS>(x, a, c, start);
+      product_block<2, VECS, A_ROW>(x, a, c, start);
       i += 2;
     } else {
-      product_block<1, VECS>(x, a, c, start);
+      product_block<1, VECS, A_ROW>(x, a, c, start);
       i += 1;
     }
   }
 }
 
-template <class acc_t>
+template <int A_ROW, class acc_t>
 void product(const Product<acc_t>& x) {
-  if (x.columns > Simd<acc_t>::lanes) product_rows<2>(x);
-  else product_rows<1>(x);
+  if (x.columns > Simd<acc_t>::lanes) product_rows<2, A_ROW>(x);
+  else product_rows<1, A_ROW>(x);
 }
 
 // ------------------------------------------------------------------------------------------------------------ columns
@@ -391,7 +395,10 @@ DynamicKernels<storage_t, acc_t, product_t> dynamic_kernels() {
   k.lanes = Simd<acc_t>::lanes;
   k.mix = &mix<storage_t, acc_t, product_t>;
   k.unmix = &unmix<storage_t, acc_t, product_t>;
-  k.product = &product<acc_t>;
+  k.product = &product<kKernelRow, acc_t>;
+  k.product_transposed = &product<1, acc_t>;
+  k.product_panel = &product<int(Simd<acc_t>::lanes), acc_t>;
+  k.product_two_panels = &product<2 * int(Simd<acc_t>::lanes), acc_t>;
   k.pack_rows = &pack_rows<storage_t, acc_t>;
   k.unpack_rows = &unpack_rows<storage_t, acc_t>;
   k.make_columns = &make_columns<acc_t>;

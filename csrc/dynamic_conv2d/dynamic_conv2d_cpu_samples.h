@@ -71,7 +71,7 @@ class DynamicSamples {
           const int64_t from = b * kBankBlock, length = std::min(kBankBlock, size - from);
           acc_t* sums = grad_bank.sums() ? grad_bank.sums() + from : nullptr;
           k.unmix({t.weight + from, kernels, size, 1, size, length}, grads.data() + from, size, 0,
-                  mix_ + first * kernels, count, sums, first > 0, dots.of(b));
+                  mix_ + first * kernels, count, {sums, size, size}, first > 0, dots.of(b));
           if (first + count == p.batch && sums)
             for (int64_t j = 0; j < kernels; ++j)
               grad_bank.finish(k.from_acc, j * size + from, j * size + from + length);

@@ -14,8 +14,9 @@ namespace dynconv {
 
 // Output channels that are mixed at once, and samples that are mixed for in one pass over the bank's block.
 constexpr int64_t kTileChannels = 32, kTileSamples = 4;
+constexpr int64_t kTileKernels = kTileChannels * kKernelRow;  // size of one sample's mixed block
 // Columns of a tile: rows of about this many weights times about this many pixels stay in a core's second-level cache.
-constexpr int64_t kTileRows = 144, kTilePixels = 512;
+constexpr int64_t kTileRows = 288, kTilePixels = 512;
 // More samples than this share a block of the bank without gain.
 constexpr int64_t kMostSamples = 32;
 // A chunk of an image with its padding, at most: tiles of larger images would leave the cache, and 32-bit offsets.
@@ -52,11 +53,11 @@ struct TileSchedule {
     padded_width = p.width + 2 * p.padding_width;
   }
 
-  // Whether a group has rows enough for the product, and a padded chunk a bearable size.
+  // Whether a group has rows enough for the product, a channel fits a chunk, and a padded chunk a bearable size.
   static bool fits(const DynamicConv2dParams& p) {
     const int64_t channels = std::max<int64_t>(1, std::min(p.group_channels(), kTileRows / p.taps()));
     const double padded = double(p.height + 2 * p.padding_height) * double(p.width + 2 * p.padding_width);
-    return p.group_out_channels() >= 4 && p.taps() <= 4096 && padded * double(channels) * 8 <= kMostPaddedBytes;
+    return p.group_out_channels() >= 4 && p.taps() <= kKernelRow && padded * double(channels) * 8 <= kMostPaddedBytes;
   }
 };
 
@@ -110,7 +111,9 @@ class DynamicTiles {
     const int64_t size = p.bank.num_kernels * p.bank.kernel_size(), chunks = p.groups * s.chunks;
     const int64_t parts = std::min(s.sample_blocks, blocks_of(s.threads, chunks));
     const int64_t part_blocks = blocks_of(s.sample_blocks, parts), kernels = p.bank.num_kernels;
-    GradBank<storage_t, acc_t> grad_bank(wanted.weight, size);
+    // A part that is alone keeps a chunk's sums in the thread's scratch memory, if the tensor is of another type.
+    local_sums_ = wanted.weight && parts == 1 && !std::is_same_v<storage_t, acc_t>;
+    GradBank<storage_t, acc_t> grad_bank(local_sums_ ? nullptr : wanted.weight, size);
     Buffer<acc_t> part_sums(wanted.weight ? (parts - 1) * size : 0);
     BlockDots<acc_t> dots(wanted.mix != nullptr, chunks, p.batch * kernels);
     torch::stable::parallel_for(0, parts * chunks, 1, [&](int64_t begin, int64_t end) {
@@ -124,7 +127,7 @@ class DynamicTiles {
       }
     });
     if (wanted.mix) dots.add_to(wanted.mix, p.batch * kernels);
-    if (wanted.weight && (parts > 1 || !std::is_same_v<storage_t, acc_t>))
+    if (wanted.weight && !local_sums_ && (parts > 1 || !std::is_same_v<storage_t, acc_t>))
       torch::stable::parallel_for(0, blocks_of(size, kBankBlock), 4, [&](int64_t begin, int64_t end) {
         const int64_t from = begin * kBankBlock, to = std::min(size, end * kBankBlock);
         // A part may have got no samples: the last ones when blocks don't divide evenly.
@@ -185,7 +188,7 @@ class DynamicTiles {
     ForwardScratch(const DynamicTiles& call, int64_t range)
         : image(call.image_size()),
           columns(call.s.samples * call.s.rows * call.s.tile_pixels),
-          kernels(kTileSamples * kTileChannels * call.s.padded_rows),
+          kernels(kTileSamples * kTileKernels),
           sums(call.direct() ? 0 : call.s.samples * range * call.s.tile_pixels),
           pixel_offset(call.s.tile_pixels) {
       image.zero();
@@ -215,8 +218,8 @@ class DynamicTiles {
         const auto bank = bank_block(o0 + o, tile_outs, c0, rows);
         for (int64_t i = 0; i < samples; i += kTileSamples) {
           const int64_t mixed = std::min(kTileSamples, samples - i);
-          k.mix(bank, mix_ + (n0 + i) * p.bank.num_kernels, mixed, x.kernels.data(), kTileChannels * s.padded_rows,
-                s.padded_rows);
+          k.mix(bank, mix_ + (n0 + i) * p.bank.num_kernels, mixed, x.kernels.data(), kTileKernels,
+                kKernelRow);
           for (int64_t j = i; j < i + mixed; ++j) {
             acc_t* c;
             int64_t c_row;
@@ -229,9 +232,9 @@ class DynamicTiles {
             }
             const acc_t* start =
                 c0 == 0 && t.bias ? bias_.data() + (n0 + j) * p.out_channels + o0 + o : nullptr;
-            const acc_t* a = x.kernels.data() + (j - i) * kTileChannels * s.padded_rows;
+            const acc_t* a = x.kernels.data() + (j - i) * kTileKernels;
             for (int64_t pixel = 0; pixel < count; pixel += s.panel)
-              k.product({a, s.padded_rows, 1, 0, rows, x.columns.data() + (j * used + pixel) * rows, s.panel, c + pixel,
+              k.product({a, 1, 0, rows, x.columns.data() + (j * used + pixel) * rows, s.panel, c + pixel,
                          c_row, tile_outs, std::min(s.panel, count - pixel), rows, start, c0 > 0});
           }
         }
@@ -253,8 +256,9 @@ class DynamicTiles {
 
   struct BackwardScratch {
     Buffer<acc_t> image, grad_image, columns, grad_columns, grad_out, kernels, grad_kernels;
-    acc_t* sums = nullptr;  // of the bank's gradient
-    acc_t* dots = nullptr;  // (N, K)
+    Buffer<acc_t> local_sums;  // (K, output channel of the group, weight of the chunk)
+    acc_t* sums = nullptr;     // of the bank's gradient, (K, O, row)
+    acc_t* dots = nullptr;     // (N, K)
 
     explicit BackwardScratch(const DynamicTiles& call) {
       const TileSchedule& s = call.s;
@@ -268,10 +272,12 @@ class DynamicTiles {
         grad_kernels = Buffer<acc_t>(
             (s.tiles > 1 ? call.p.group_out_channels() : kTileSamples * kTileChannels) * s.padded_rows);
       }
+      if (call.local_sums_)
+        local_sums = Buffer<acc_t>(call.p.bank.num_kernels * call.p.group_out_channels() * s.rows);
       if (call.wanted_.input) {
         grad_image = Buffer<acc_t>(call.image_size());
         grad_columns = Buffer<acc_t>(s.samples * s.rows * s.tile_pixels);
-        kernels = Buffer<acc_t>(kTileSamples * kTileChannels * s.padded_rows);
+        kernels = Buffer<acc_t>(kTileSamples * kTileKernels);
       }
     }
   };
@@ -282,10 +288,23 @@ class DynamicTiles {
     for (int64_t n0 = begin; n0 < end; n0 += s.samples)
       for (int64_t tile = 0; tile < s.tiles; ++tile)
         backward_tile(x, group, c0, channels, n0, std::min(s.samples, end - n0), tile, n0 == begin);
+    if (!local_sums_) return;
+    const int64_t outs = p.group_out_channels(), count = channels * p.taps();
+    for (int64_t j = 0; j < p.bank.num_kernels; ++j)
+      for (int64_t o = 0; o < outs; ++o)
+        k.from_acc(x.local_sums.data() + (j * outs + o) * s.rows,
+                   wanted_.weight + (j * p.out_channels + group * outs + o) * p.bank.row + c0 * p.taps(), count);
+  }
+
+  // Where a block's sums over samples go.
+  BankSums<acc_t> sums_of(const BackwardScratch& x, const BankBlock<storage_t>& bank, int64_t o) const {
+    if (local_sums_) return {x.local_sums.data() + o * s.rows, p.group_out_channels() * s.rows, s.rows};
+    return {x.sums ? x.sums + (bank.data - t.weight) : nullptr, bank.kernel_stride, bank.row_stride};
   }
 
   void backward_tile(BackwardScratch& x, int64_t group, int64_t c0, int64_t channels, int64_t n0, int64_t samples,
                      int64_t tile, bool first_samples) {
+    const auto product_with_panels = s.panel == s.lanes ? k.product_panel : k.product_two_panels;
     const bool want_kernel = wanted_.weight || wanted_.mix, last_tile = tile == s.tiles - 1;
     const int64_t begin = tile * s.tile_pixels, count = std::min(s.tile_pixels, p.out_pixels() - begin);
     const int64_t rows = channels * p.taps(), used = round_up(count, s.panel);
@@ -308,25 +327,25 @@ class DynamicTiles {
         const acc_t* a = mix_ + (n0 + i) * p.bank.num_kernels;
         for (int64_t j = 0; j < mixed; ++j) pack_grad_out(x, n0 + i + j, first_out, tile_outs, begin, count, j);
         if (wanted_.input) {
-          k.mix(bank, a, mixed, x.kernels.data(), kTileChannels * s.padded_rows, s.padded_rows);
+          k.mix(bank, a, mixed, x.kernels.data(), kTileKernels, kKernelRow);
           for (int64_t j = 0; j < mixed; ++j)
             for (int64_t pixel = 0; pixel < used; pixel += s.panel)
-              k.product({x.kernels.data() + j * kTileChannels * s.padded_rows, 1, s.padded_rows, 0, tile_outs,
-                         grad_out_panels(x, j) + pixel * tile_outs, s.panel,
-                         x.grad_columns.data() + ((i + j) * s.tile_pixels + pixel) * rows, s.panel, rows, s.panel,
-                         tile_outs, nullptr, o > 0});
+              k.product_transposed({x.kernels.data() + j * kTileKernels, kKernelRow, 0, tile_outs,
+                                    grad_out_panels(x, j) + pixel * tile_outs, s.panel,
+                                    x.grad_columns.data() + ((i + j) * s.tile_pixels + pixel) * rows, s.panel, rows,
+                                    s.panel, tile_outs, nullptr, o > 0});
         }
         if (!want_kernel) continue;
         acc_t* grads = x.grad_kernels.data() + (s.tiles > 1 ? o * s.padded_rows : 0);
         for (int64_t j = 0; j < mixed; ++j)
           for (int64_t row = 0; row < rows; row += 2 * s.lanes)
-            k.product({grad_out_panels(x, j), s.panel, 1, tile_outs * s.panel, s.panel,
-                       x.columns.data() + (i + j) * columns_size + row * count, 2 * s.lanes,
-                       grads + j * kTileChannels * s.padded_rows + row, s.padded_rows, tile_outs,
-                       std::min(2 * s.lanes, rows - row), count, nullptr, tile > 0});
+            product_with_panels({grad_out_panels(x, j), 1, tile_outs * s.panel, s.panel,
+                                 x.columns.data() + (i + j) * columns_size + row * count, 2 * s.lanes,
+                                 grads + j * kTileChannels * s.padded_rows + row, s.padded_rows, tile_outs,
+                                 std::min(2 * s.lanes, rows - row), count, nullptr, tile > 0});
         if (last_tile)
           k.unmix(bank, grads, kTileChannels * s.padded_rows, s.padded_rows, a, mixed,
-                  x.sums ? x.sums + (bank.data - t.weight) : nullptr, !first_samples || i > 0,
+                  sums_of(x, bank, o), !first_samples || i > 0,
                   x.dots ? x.dots + (n0 + i) * p.bank.num_kernels : nullptr);
       }
     }
@@ -361,6 +380,7 @@ class DynamicTiles {
   Buffer<int32_t> row_offset_, pixel_offset_;
   Buffer<acc_t> bias_;
   storage_t* out_ = nullptr;
+  bool local_sums_ = false;
   DynamicGradients<storage_t, acc_t> wanted_{};
 };
 
