@@ -21,15 +21,25 @@ DYNCONV_INLINE void matmul_block(const Matmul<acc_t>& x, const acc_t* a, const a
       else sum[i][v] = v + 1 == VECTORS && tail ? load_partial<acc_t>(at, tail) : load(at);
     }
   const bool partial = tail && !x.b_padded;
-  for (int64_t k = 0; k < x.depth; ++k, a += x.a_step, b += x.b_step) {
+  // Three rows a pointer: base, base + row and base + 2 * row are addressing modes, so that no address is spilled.
+  constexpr int bases = (ROWS + 2) / 3;
+  const acc_t* base[bases];
+  const int64_t row = x.a_row, step = x.a_step;
+#pragma GCC unroll 4
+  for (int j = 0; j < bases; ++j) base[j] = a + 3 * j * row;
+  for (int64_t k = 0; k < x.depth; ++k, b += x.b_step) {
     Vec<acc_t> right[VECTORS];
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; ++v)
       right[v] = v + 1 == VECTORS && partial ? load_partial<acc_t>(b + v * lanes, tail) : load(b + v * lanes);
 #pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i)
+    for (int i = 0; i < ROWS; ++i) {
+      const acc_t left = base[i / 3][i % 3 * row];
 #pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; ++v) sum[i][v] += a[i * x.a_row] * right[v];
+      for (int v = 0; v < VECTORS; ++v) sum[i][v] += left * right[v];
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < bases; ++j) base[j] += step;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i)

@@ -107,3 +107,24 @@ DYNCONV_INLINE float sum_lanes<float>(Vec<float> v) {
   return _mm512_reduce_add_ps((__m512)v);
 }
 #endif
+
+// Turns lanes vectors over: lane j of vector i becomes lane i of vector j.
+template <class acc_t>
+DYNCONV_INLINE void transpose_block(Vec<acc_t>* rows) {
+  constexpr int lanes = int(Simd<acc_t>::lanes);
+#pragma GCC unroll 4
+  for (int s = 1; s < lanes; s *= 2) {
+    typename Simd<acc_t>::int_vec low, high;
+    for (int j = 0; j < lanes; ++j) {
+      low[j] = j & s ? j - s + lanes : j;
+      high[j] = j & s ? j + lanes : j + s;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+      if (i & s) continue;
+      const Vec<acc_t> a = rows[i], b = rows[i + s];
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i + s] = __builtin_shuffle(a, b, high);
+    }
+  }
+}
