@@ -34,14 +34,16 @@ def check_tensor(name: str, value: Any, optional: bool = False) -> None:
         raise TypeError(f"{name}: got {type(value).__name__}, expected a Tensor{' or None' if optional else ''}")
 
 
-def check_same_device(input: Tensor, **others: Tensor | None) -> None:
-    """Raises RuntimeError unless every tensor is on input's device.
+def check_same_device(like: Tensor, like_name: str = "input", /, **others: Tensor | None) -> None:
+    """Raises RuntimeError unless every tensor is on the device of like, the argument called like_name.
 
     The kernels check this themselves; fake kernels must, since a call with one meta tensor comes to them.
     """
     for name, tensor in others.items():
-        if tensor is not None and tensor.device != input.device:
-            raise RuntimeError(f"{name}: got a tensor on {tensor.device}, expected the device of input, {input.device}")
+        if tensor is not None and tensor.device != like.device:
+            raise RuntimeError(
+                f"{name}: got a tensor on {tensor.device}, expected the device of {like_name}, {like.device}"
+            )
 
 
 def is_channels_last(tensor: Tensor) -> bool:

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.nn import init
 
 from dynconv_ext import _extension
-from dynconv_ext._registration import check_tensor, double_backward, empty_like_layout, pair, register_autocast
+from dynconv_ext._registration import (
+    check_same_device,
+    check_tensor,
+    double_backward,
+    empty_like_layout,
+    pair,
+    register_autocast,
+)
 from dynconv_ext.reference.dynamic_conv2d import aggregate_kernels as reference_aggregate_kernels
 from dynconv_ext.reference.dynamic_conv2d import dynamic_conv2d as reference_dynamic_conv2d
 
@@ -23,6 +30,7 @@ def _gradient(wanted: bool, like: Tensor, shape: Any) -> Tensor:
 
 
 def _fake_aggregate(weight, attention, bias, temperature):
+    check_same_device(weight, "weight", attention=attention, bias=bias)
     kernels = weight.new_empty((attention.shape[0], *weight.shape[1:]))
     return kernels, _gradient(bias is not None, weight, (attention.shape[0], weight.shape[1]))
 
@@ -36,6 +44,7 @@ def _fake_aggregate_backward(grad_kernels, grad_biases, weight, attention, bias,
 
 
 def _fake(input, weight, attention, bias, stride, padding, dilation, groups, temperature):
+    check_same_device(input, weight=weight, attention=attention, bias=bias)
     sizes = [
         (input.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[3 + i] - 1) - 1) // stride[i] + 1
         for i in (0, 1)
@@ -177,9 +186,7 @@ class DynamicConv2dBackwardFunction(torch.autograd.Function):
     """dynamic_conv2d_backward with its own backward (double backward), through the reference formula."""
 
     @staticmethod
-    def forward(
-        grad_out, input, weight, attention, bias, stride, padding, dilation, groups, temperature, output_mask
-    ):
+    def forward(grad_out, input, weight, attention, bias, stride, padding, dilation, groups, temperature, output_mask):
         return torch.ops.dynconv_ext.dynamic_conv2d_backward(
             grad_out, input, weight, attention, bias, stride, padding, dilation, groups, temperature, output_mask
         )
@@ -311,7 +318,8 @@ def dynamic_conv2d(
     r"""Convolves every sample with its own mix of K kernels.
 
     .. math::
-        W[n] = \sum_k a[n,k] \; weight[k], \qquad out[n] = conv2d(input[n],\; W[n],\; \textstyle\sum_k a[n,k] \; bias[k])
+        W[n] = \sum_k a[n,k] \; weight[k], \quad b[n] = \sum_k a[n,k] \; bias[k], \quad
+        out[n] = conv2d(input[n], W[n], b[n])
 
     The kernels of all samples are never in memory at once, neither here nor in the backward pass, and never saved for
     it.
@@ -351,6 +359,8 @@ def dynamic_conv2d(
     check_tensor("weight", weight)
     check_tensor("attention", attention)
     check_tensor("bias", bias, optional=True)
+    if isinstance(groups, bool) or not isinstance(groups, int | torch.SymInt):
+        raise TypeError(f"groups: got {groups!r}, expected an int")
     return torch.ops.dynconv_ext.dynamic_conv2d(
         input,
         weight,
