@@ -74,7 +74,7 @@ inline torch::stable::Tensor convolution(const torch::stable::Tensor& input, con
                                          const torch::stable::Tensor* bias, const ConvolutionGeometry& g) {
   AtenTensorHandle bias_handle = bias ? bias->get() : nullptr, out = nullptr;
   const std::array<int64_t, 2> output_padding{0, 0};
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_convolution(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_convolution(
       input.get(), weight.get(), bias ? &bias_handle : nullptr, g.stride.data(), 2, g.padding.data(), 2,
       g.dilation.data(), 2, 0, output_padding.data(), 2, g.groups, &out));
   return torch::stable::Tensor(out);
@@ -87,7 +87,7 @@ inline std::pair<torch::stable::Tensor, torch::stable::Tensor> convolution_backw
   AtenTensorHandle grad_input = nullptr, grad_weight = nullptr, grad_bias = nullptr;
   const std::array<int64_t, 2> output_padding{0, 0};
   const std::array<int32_t, 3> mask{want_input, want_weight, 0};
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_convolution_backward(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_convolution_backward(
       grad_out.get(), input.get(), weight.get(), nullptr, 0, g.stride.data(), 2, g.padding.data(), 2,
       g.dilation.data(), 2, 0, output_padding.data(), 2, g.groups, mask.data(), 3, &grad_input, &grad_weight,
       &grad_bias));

@@ -46,10 +46,10 @@ void gemm(const Matrix<T>& out, const Matrix<A>& a, const Matrix<B>& b, bool acc
   static_assert(std::is_same_v<std::remove_const_t<A>, T> && std::is_same_v<std::remove_const_t<B>, T>);
   const auto out_tensor = as_tensor(out), a_tensor = as_tensor(a), b_tensor = as_tensor(b);
   if (accumulate) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out_tensor.get(), out_tensor.get(), a_tensor.get(),
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out_tensor.get(), out_tensor.get(), a_tensor.get(),
                                                            b_tensor.get(), 1.0, 1.0));
   } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out_tensor.get(), a_tensor.get(), b_tensor.get()));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out_tensor.get(), a_tensor.get(), b_tensor.get()));
   }
 }
 
