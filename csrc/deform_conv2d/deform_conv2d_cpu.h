@@ -59,7 +59,7 @@ struct DeformKernels {
 namespace deform {
 
 // Columns of a tile fill about this much of a core's second-level cache.
-constexpr int64_t kTileBytes = 1024 * 1024;
+constexpr int64_t kTileBytes = 384 * 1024;
 // Channels-first images are turned over in chunks of about this size.
 constexpr int64_t kChunkBytes = 16 * 1024 * 1024;
 // Threads that share an image each have a gradient of it, up to this much together.

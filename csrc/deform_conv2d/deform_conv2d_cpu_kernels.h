@@ -113,17 +113,18 @@ void sample_tile(const DeformConv2dParams& p, DeformImage<storage_t> image, Scal
         gemm_t* out = columns + (column_group * count + strip) * taps * group_channels - column_group * group_channels;
         for (int64_t i = 0; i < pixels; ++i)
           for (int64_t tap = 0; tap < taps; ++tap, out += group_channels) {
+            // Copies: a store to columns might change the tap itself, for all that the compiler knows.
             const DeformTap<acc_t, storage_t>& t = located[tap * lanes + i];
+            const storage_t *c0 = t.corner[0], *c1 = t.corner[1], *c2 = t.corner[2], *c3 = t.corner[3];
+            const acc_t w0 = t.weight[0], w1 = t.weight[1], w2 = t.weight[2], w3 = t.weight[3];
             for (int64_t c = first; c < whole; c += lanes)
-              store(out + c, t.weight[0] * load(t.corner[0] + c) + t.weight[1] * load(t.corner[1] + c) +
-                                 t.weight[2] * load(t.corner[2] + c) + t.weight[3] * load(t.corner[3] + c));
+              store(out + c, (w0 * load(c0 + c) + w1 * load(c1 + c)) + (w2 * load(c2 + c) + w3 * load(c3 + c)));
             if (rest)
-              store_partial<acc_t>(out + whole,
-                                   t.weight[0] * load_partial<acc_t>(t.corner[0] + whole, rest) +
-                                       t.weight[1] * load_partial<acc_t>(t.corner[1] + whole, rest) +
-                                       t.weight[2] * load_partial<acc_t>(t.corner[2] + whole, rest) +
-                                       t.weight[3] * load_partial<acc_t>(t.corner[3] + whole, rest),
-                                   rest);
+              store_partial<acc_t>(
+                  out + whole,
+                  (w0 * load_partial<acc_t>(c0 + whole, rest) + w1 * load_partial<acc_t>(c1 + whole, rest)) +
+                      (w2 * load_partial<acc_t>(c2 + whole, rest) + w3 * load_partial<acc_t>(c3 + whole, rest)),
+                  rest);
           }
         first = end;
       }
