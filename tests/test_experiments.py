@@ -139,6 +139,12 @@ class TestSmoke:
         results = json.loads((tmp_path / "run" / "results.json").read_text())
         assert results["models"]["task2_published"]["test_acc"] % 2 == 0
         assert done.stdout.count("epoch 1/1") == 1
+        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+        again = subprocess.run(
+            done.args, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        assert again.returncode != 0 and "exists and is not empty" in again.stderr
+        assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
 
 
 class TestPresets:

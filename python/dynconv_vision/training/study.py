@@ -21,6 +21,7 @@ from typing import Any
 
 import lightning
 import torch
+import torch.distributed
 import torchvision
 
 from dynconv_vision.data import load_dataset
@@ -317,12 +318,40 @@ def _open_run(study: Study, options: argparse.Namespace) -> tuple[Path, StudyCon
     if options.output is None and "WORLD_SIZE" in os.environ:
         raise StudyError("--output: needed with more than one process, so that all use the same folder")
     folder = options.output or Path("runs") / f"{study.task}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if _is_main_process():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise StudyError(f"--output: {folder} exists and is not empty; continue it with --resume, or take another")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / CONFIG, config.to_dict())
+    with _main_process_first():
+        if _is_main_process():
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise StudyError(
+                    f"--output: {folder} exists and is not empty; continue it with --resume, or take another"
+                )
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / CONFIG, config.to_dict())
     return folder, config
+
+
+@contextlib.contextmanager
+def _main_process_first() -> Iterator[None]:
+    """Under torchrun, holds the other processes back until the main one is through: what they write is then its.
+
+    Raises:
+        StudyError: In the other processes, if the main one failed.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        yield
+        return
+    store, rank, _ = next(torch.distributed.rendezvous("env://"))
+    key = f"dynconv_vision/main_process/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    if rank != 0:
+        if store.get(key) != b"done":
+            raise StudyError("the main process could not open the run's folder; its message says why")
+        yield
+        return
+    try:
+        yield
+    except BaseException:
+        store.set(key, "failed")
+        raise
+    store.set(key, "done")
 
 
 def _configured(study: Study, name: str, explicit: dict[str, Any]) -> StudyConfig:
