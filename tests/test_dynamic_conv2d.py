@@ -47,9 +47,9 @@ def check(case: DynamicCase, tensors, tolerance: float) -> None:
     for name, got, wanted in zip(NAMES, tensors, expected_tensors, strict=True):
         if got is not None:
             assert got.grad.dtype == got.dtype
-            # One kernel under a softmax: the gradient of its logit is zero, up to rounding of terms of size 1.
+            # One kernel under a softmax has the weight 1 whatever its logit: the expected gradient is rounding noise.
             if name == "attention" and case.num_kernels == 1 and case.temperature:
-                assert got.grad.abs().max() <= tolerance * 1e3
+                assert (got.grad == 0).all()
             else:
                 assert relative_error(got.grad, wanted.grad) <= tolerance, name
 
@@ -156,17 +156,21 @@ def test_gradient_identities(case):
     torch.testing.assert_close((weight * weight.grad).sum(), (input * input.grad).sum())
 
 
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", DYNAMIC_CASES, ids=case_id)
-def test_tiles_and_samples_agree(case, monkeypatch):
+def test_tiles_and_samples_agree(case, dtype, channels_last, monkeypatch):
     results = {}
     for path in ("tiles", "samples"):
         monkeypatch.setenv("DYNCONV_DYNAMIC_CONV2D", path)
-        tensors = case.tensors(torch.float64)
+        tensors = case.tensors(dtype, channels_last)
+        if path == "samples":
+            check(case, tensors, TOLERANCE[dtype])
         out = call(dynamic_conv2d, case, tensors)
-        out.backward(random_like(out))
-        results[path] = [out, *(t.grad for t in tensors if t is not None)]
+        grads = torch.autograd.grad(out, tensors[:2], random_like(out))
+        results[path] = [out, *grads]
     for a, b in zip(*results.values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+        assert relative_error(a, b) <= 2 * TOLERANCE[dtype]
 
 
 def test_unknown_path_is_an_error(monkeypatch):
@@ -234,7 +238,7 @@ def test_third_derivative_exists():
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("name", ["all_different", "no_bias_mixing_weights_as_given", "depthwise_by_samples"])
+@pytest.mark.parametrize("name", ["all_different", "no_bias_mixing_weights_as_given", "depthwise"])
 def test_opcheck(name, channels_last):
     case = CASES[name]
     tensors = case.tensors(torch.float32, channels_last)
@@ -308,14 +312,15 @@ def test_autocast_leaves_float64_alone():
 # ---------------------------------------------------------------------------------------- layouts, batches, gradients
 
 
-def test_channels_last_in_channels_last_out():
+@pytest.mark.parametrize("path", ["tiles", "samples"])
+def test_channels_last_in_channels_last_out(path, monkeypatch):
+    monkeypatch.setenv("DYNCONV_DYNAMIC_CONV2D", path)
     case = CASES["all_different"]
-    for path_case in (case, replace(case, out_channels=4)):  # by tiles, and by samples
-        tensors = path_case.tensors(torch.float32, channels_last=True)
-        out = call(dynamic_conv2d, path_case, tensors)
-        assert out.is_contiguous(memory_format=torch.channels_last) and not out.is_contiguous()
-        out.sum().backward()
-        assert tensors[0].grad.is_contiguous(memory_format=torch.channels_last)
+    tensors = case.tensors(torch.float32, channels_last=True)
+    out = call(dynamic_conv2d, case, tensors)
+    assert out.is_contiguous(memory_format=torch.channels_last) and not out.is_contiguous()
+    out.sum().backward()
+    assert tensors[0].grad.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_non_contiguous_arguments():

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// One image's convolution by torch (oneDNN) on raw memory on the CPU, callable from inside parallel_for, where it runs
-// on one thread.
+// One image's convolution by torch (oneDNN) on raw memory on the CPU. Not from inside parallel_for: oneDNN plans for all
+// threads even there, runs on one, and leaves parts of some weight gradients undone.
 #pragma once
 
 #include "common/gemm.h"

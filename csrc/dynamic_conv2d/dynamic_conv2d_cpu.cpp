@@ -89,11 +89,14 @@ std::tuple<Tensor, Tensor, Tensor> aggregate_kernels_backward_cpu(
     BlockDots<A> dots(output_mask[1], blocks, p.batch * p.num_kernels);
     if (output_mask[0] || output_mask[1])
       torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+        Buffer<A> lanes(output_mask[1] ? p.batch * p.num_kernels * k.lanes : 0);
+        lanes.zero();
         for (int64_t block = begin; block < end; ++block) {
           const int64_t from = block * kBankBlock, length = std::min(kBankBlock, size - from);
           A* sums = grad_bank.sums() ? grad_bank.sums() + from : nullptr;
           k.unmix({const_data<S>(w) + from, p.num_kernels, size, 1, size, length}, const_data<S>(g) + from, size, 0,
-                  mix.data(), p.batch, {sums, size, size}, false, dots.of(block));
+                  mix.data(), p.batch, {sums, size, size}, false, lanes.data());
+          if (output_mask[1]) k.add_lanes(lanes.data(), p.batch * p.num_kernels, dots.of(block));
           for (int64_t j = 0; sums && j < p.num_kernels; ++j)
             grad_bank.finish(k.from_acc, j * size + from, j * size + from + length);
         }
@@ -108,23 +111,14 @@ std::tuple<Tensor, Tensor, Tensor> aggregate_kernels_backward_cpu(
 
 // ---------------------------------------------------------------------------------------------------- dynamic_conv2d
 
-// Whether to compute by tiles rather than sample by sample. The environment variable DYNCONV_DYNAMIC_CONV2D=tiles|samples
-// decides instead where both can: for tests and measurements.
-//
-// Tiles win except where torch multiplies bfloat16 natively, which they don't, on maps so large that mixing and packing a
-// sample's kernel is little beside its convolution, and with work enough for all threads to share a single sample.
-template <class product_t>
+// Whether to compute by tiles rather than sample by sample: wherever tiles fit. The environment variable
+// DYNCONV_DYNAMIC_CONV2D=tiles|samples decides instead where both can: for tests and measurements.
 bool use_tiles(const DynamicConv2dParams& p) {
   if (!TileSchedule::fits(p)) return false;
-  if (const char* wish = std::getenv("DYNCONV_DYNAMIC_CONV2D"); wish && *wish) {
-    if (std::string(wish) == "tiles") return true;
-    if (std::string(wish) == "samples") return false;
-    fail("DYNCONV_DYNAMIC_CONV2D: got ", wish, ", expected tiles or samples");
-  }
-  if (!std::is_same_v<product_t, bfloat16>) return true;
-  const double work = double(p.out_pixels()) * double(p.bank.kernel_size());  // multiply-adds of a sample
-  const bool enough_work = work >= 4e6 * double(torch::stable::get_num_threads());
-  return !(p.out_pixels() >= 192 && p.group_channels() >= 16 && enough_work);
+  const char* wish = std::getenv("DYNCONV_DYNAMIC_CONV2D");
+  if (wish == nullptr || *wish == '\0' || std::string(wish) == "tiles") return true;
+  if (std::string(wish) == "samples") return false;
+  fail("DYNCONV_DYNAMIC_CONV2D: got ", wish, ", expected tiles or samples");
 }
 
 Tensor dynamic_conv2d_cpu(const Tensor& input, const Tensor& weight, const Tensor& attention,
@@ -140,7 +134,7 @@ Tensor dynamic_conv2d_cpu(const Tensor& input, const Tensor& weight, const Tenso
   dispatch(input, [&]<class S, class A, class P>(TypeTag<S>, TypeTag<A>, TypeTag<P>) {
     const Buffer<A> mix = mixing_weights_of(p.bank, reader_of<A>(a));
     const DynamicTensors<S> tensors{const_data<S>(x), const_data<S>(w), const_data<S>(b), nullptr, false};
-    if (use_tiles<P>(p)) DynamicTiles<S, A>(p, tensors, mix.data()).forward(mutable_data<S>(out));
+    if (use_tiles(p)) DynamicTiles<S, A>(p, tensors, mix.data()).forward(mutable_data<S>(out));
     else DynamicSamples<S, A, P>(p, tensors, mix.data()).forward(mutable_data<S>(out));
   });
   return out;
@@ -200,7 +194,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_conv2d_backward_cpu(
     grad_mix.zero();
     const DynamicGradients<S, A> wanted{mutable_data<S>(grad_input), mutable_data<S>(grad_weight),
                                         mutable_data<S>(grad_bias), grad_mix.data()};
-    if (use_tiles<P>(p)) DynamicTiles<S, A>(p, tensors, mix.data()).backward(wanted);
+    if (use_tiles(p)) DynamicTiles<S, A>(p, tensors, mix.data()).backward(wanted);
     else DynamicSamples<S, A, P>(p, tensors, mix.data()).backward(wanted);
     if (b && (want_bias || want_attention)) {
       const Buffer<A> sums = pixel_sums<S, A>(p, tensors);

@@ -80,6 +80,7 @@ struct DynamicKernels {
               int64_t out_row);
   void (*unmix)(const BankBlock<storage_t>&, const product_t* grads, int64_t grad_stride, int64_t grad_row,
                 const acc_t* a, int64_t samples, BankSums<acc_t> sums, bool accumulate, acc_t* dots);
+  void (*add_lanes)(acc_t* vectors, int64_t count, acc_t* out);
   // Rows of a are kKernelRow, 1, one vector and two vectors apart.
   void (*product)(const Product<acc_t>&);
   void (*product_transposed)(const Product<acc_t>&);

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// dynamic_conv2d on the CPU, sample by sample: a sample's kernel is mixed into a thread's scratch memory, and torch
-// convolves that one sample with it. Any geometry; fast where a map is large against its kernel.
+// dynamic_conv2d on the CPU, sample by sample: a sample's kernel is mixed into scratch memory, and torch convolves that one
+// sample with it, on all threads. For the geometries that tiles don't take: very large kernels, and images so large that
+// one of them keeps all threads busy.
+//
+// One sample after the other, never side by side inside parallel_for: oneDNN plans a convolution for as many threads as
+// there are, has one inside parallel_for, and leaves the rest of a weight gradient undone.
 #pragma once
 
 #include "common/convolution.h"
@@ -19,114 +23,81 @@ class DynamicSamples {
         geometry_{{params.stride_height, params.stride_width},
                   {params.padding_height, params.padding_width},
                   {params.dilation_height, params.dilation_width},
-                  params.groups} {
-    // One after the other: oneDNN plans a convolution for all threads even inside parallel_for, where it has one, and
-    // then leaves parts of a weight gradient undone.
-    side_by_side_ = 1;
-    scratch_.resize(side_by_side_);
-  }
+                  params.groups} {}
 
   void forward(storage_t* out) {
-    const int64_t per_thread = blocks_of(p.batch, side_by_side_);
-    each(side_by_side_, [&](int64_t worker) {
-      const int64_t end = std::min(p.batch, (worker + 1) * per_thread);
-      for (int64_t n = worker * per_thread; n < end; ++n) {
-        const Tensor kernel = mixed(scratch_[worker], n);
-        Tensor bias;
-        if (t.bias) {
-          Scratch& s = scratch_[worker];
-          if (!s.bias.size()) s.bias = Buffer<product_t>(p.out_channels);
-          mix_bias(p.bank, t.bias, mix_ + n * p.bank.num_kernels, s.bias.data());
-          bias = tensor_of(s.bias.data(), std::array{p.out_channels}, std::array<int64_t, 1>{1});
-        }
-        write(convolution(input(scratch_[worker], n), kernel, t.bias ? &bias : nullptr, geometry_), p.channels_last,
-              out + n * out_size());
+    for (int64_t n = 0; n < p.batch; ++n) {
+      const Tensor kernel = mixed(n);
+      Tensor bias;
+      if (t.bias) {
+        if (!bias_.size()) bias_ = Buffer<product_t>(p.out_channels);
+        mix_bias(p.bank, t.bias, mix_ + n * p.bank.num_kernels, bias_.data());
+        bias = tensor_of(bias_.data(), std::array{p.out_channels}, std::array<int64_t, 1>{1});
       }
-    });
+      write(convolution(input(n), kernel, t.bias ? &bias : nullptr, geometry_), out + n * out_size());
+    }
   }
 
   void backward(const DynamicGradients<storage_t, acc_t>& wanted) {
     const bool want_kernel = wanted.weight || wanted.mix;
+    if (!wanted.input && !want_kernel) return;
     const int64_t size = p.bank.kernel_size(), blocks = blocks_of(size, kBankBlock), kernels = p.bank.num_kernels;
     GradBank<storage_t, acc_t> grad_bank(wanted.weight, kernels * size);
-    BlockDots<acc_t> dots(wanted.mix != nullptr, blocks, side_by_side_ * kernels);
-    // Gradients of the mixed kernels of the samples in progress.
-    Buffer<product_t> grads(want_kernel ? side_by_side_ * size : 0);
-    for (int64_t first = 0; first < p.batch; first += side_by_side_) {
-      const int64_t count = std::min(side_by_side_, p.batch - first);
-      if (wanted.input || want_kernel)
-        each(count, [&](int64_t i) {
-          Scratch& s = scratch_[i];
-          const int64_t n = first + i;
-          const Tensor kernel = wanted.input ? mixed(s, n) : unmixed(s);
-          const auto [grad_input, grad_kernel] =
-              convolution_backward(grad_out(s, n), input(s, n), kernel, geometry_, wanted.input, want_kernel);
-          if (wanted.input) write(grad_input, p.channels_last, wanted.input + n * in_size());
-          if (want_kernel)
-            std::copy_n(const_data<product_t>(with_layout(grad_kernel, false)), size, grads.data() + i * size);
-        });
+    BlockDots<acc_t> dots(wanted.mix != nullptr, blocks, kernels);
+    for (int64_t n = 0; n < p.batch; ++n) {
+      const Tensor kernel = wanted.input ? mixed(n) : unmixed();
+      const auto [grad_input, grad_kernel] =
+          convolution_backward(grad_out(n), input(n), kernel, geometry_, wanted.input, want_kernel);
+      if (wanted.input) write(grad_input, wanted.input + n * in_size());
       if (!want_kernel) continue;
+      const Tensor grads = with_layout(grad_kernel, false);
       torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+        Buffer<acc_t> lanes(wanted.mix ? kernels * k.lanes : 0);
+        lanes.zero();
         for (int64_t b = begin; b < end; ++b) {
           const int64_t from = b * kBankBlock, length = std::min(kBankBlock, size - from);
           acc_t* sums = grad_bank.sums() ? grad_bank.sums() + from : nullptr;
-          k.unmix({t.weight + from, kernels, size, 1, size, length}, grads.data() + from, size, 0,
-                  mix_ + first * kernels, count, {sums, size, size}, first > 0, dots.of(b));
-          if (first + count == p.batch && sums)
-            for (int64_t j = 0; j < kernels; ++j)
-              grad_bank.finish(k.from_acc, j * size + from, j * size + from + length);
+          k.unmix({t.weight + from, kernels, size, 1, size, length}, const_data<product_t>(grads) + from, size, 0,
+                  mix_ + n * kernels, 1, {sums, size, size}, n > 0, lanes.data());
+          if (wanted.mix) k.add_lanes(lanes.data(), kernels, dots.of(b));
+          for (int64_t j = 0; n == p.batch - 1 && sums && j < kernels; ++j)
+            grad_bank.finish(k.from_acc, j * size + from, j * size + from + length);
         }
       });
-      dots.add_to(wanted.mix + first * kernels, count * kernels);
+      if (wanted.mix) dots.add_to(wanted.mix + n * kernels, kernels);
     }
   }
 
  private:
-  struct Scratch {
-    Buffer<product_t> kernel, bias, input, grad_out;
-  };
   static constexpr bool direct = std::is_same_v<storage_t, product_t>;
 
   int64_t in_size() const { return p.channels * p.in_pixels(); }
   int64_t out_size() const { return p.out_channels * p.out_pixels(); }
 
-  // f(0..count-1), in parallel if the samples are computed side by side.
-  template <class F>
-  void each(int64_t count, F f) const {
-    if (side_by_side_ == 1) {
-      for (int64_t i = 0; i < count; ++i) f(i);
-      return;
-    }
-    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) f(i);
-    });
-  }
-
-  Tensor kernel_tensor(Scratch& s) const {
+  Tensor kernel_tensor() const {
     const std::array<int64_t, 4> sizes{p.out_channels, p.group_channels(), p.kernel_height, p.kernel_width};
     const std::array<int64_t, 4> strides{p.bank.row, p.taps(), p.kernel_width, 1};
-    return tensor_of(s.kernel.data(), sizes, strides);
+    return tensor_of(kernel_.data(), sizes, strides);
   }
 
-  Tensor mixed(Scratch& s, int64_t n) const {
+  Tensor mixed(int64_t n) {
     const int64_t size = p.bank.kernel_size();
-    if (!s.kernel.size()) s.kernel = Buffer<product_t>(size);
+    if (!kernel_.size()) kernel_ = Buffer<product_t>(size);
     const acc_t* a = mix_ + n * p.bank.num_kernels;
-    // On one thread inside parallel_for, on all of them outside.
     torch::stable::parallel_for(0, blocks_of(size, kBankBlock), 16, [&](int64_t begin, int64_t end) {
       const int64_t from = begin * kBankBlock, to = std::min(size, end * kBankBlock);
-      k.mix({t.weight + from, p.bank.num_kernels, size, 1, size, to - from}, a, 1, s.kernel.data() + from, 0, 0);
+      k.mix({t.weight + from, p.bank.num_kernels, size, 1, size, to - from}, a, 1, kernel_.data() + from, 0, 0);
     });
-    return kernel_tensor(s);
+    return kernel_tensor();
   }
 
   // For a backward that needs the kernel's shape only.
-  Tensor unmixed(Scratch& s) const {
-    if (!s.kernel.size()) {
-      s.kernel = Buffer<product_t>(p.bank.kernel_size());
-      s.kernel.zero();
+  Tensor unmixed() {
+    if (!kernel_.size()) {
+      kernel_ = Buffer<product_t>(p.bank.kernel_size());
+      kernel_.zero();
     }
-    return kernel_tensor(s);
+    return kernel_tensor();
   }
 
   // A sample of a tensor as product_t; scratch keeps what has to be converted.
@@ -141,16 +112,17 @@ class DynamicSamples {
       return as_tensor(Image<product_t>{scratch.data(), channels, height, width, channels_last});
     }
   }
-  Tensor input(Scratch& s, int64_t n) const {
-    return sample(s.input, t.input + n * in_size(), p.channels, p.height, p.width, p.channels_last);
+  Tensor input(int64_t n) {
+    return sample(input_, t.input + n * in_size(), p.channels, p.height, p.width, p.channels_last);
   }
-  Tensor grad_out(Scratch& s, int64_t n) const {
-    return sample(s.grad_out, t.grad_out + n * out_size(), p.out_channels, p.out_height, p.out_width,
+  Tensor grad_out(int64_t n) {
+    return sample(grad_out_, t.grad_out + n * out_size(), p.out_channels, p.out_height, p.out_width,
                   t.grad_out_channels_last);
   }
 
-  void write(const Tensor& result, bool channels_last, storage_t* out) const {
-    const Tensor image = with_layout(result, channels_last);
+  // A result in the layout of input and output.
+  void write(const Tensor& result, storage_t* out) const {
+    const Tensor image = with_layout(result, p.channels_last);
     k.from_product(const_data<product_t>(image), out, image.numel());
   }
 
@@ -159,8 +131,7 @@ class DynamicSamples {
   const DynamicKernels<storage_t, acc_t, product_t>& k;
   const acc_t* mix_;
   const ConvolutionGeometry geometry_;
-  int64_t side_by_side_;
-  std::vector<Scratch> scratch_;
+  Buffer<product_t> kernel_, bias_, input_, grad_out_;
 };
 
 }  // namespace dynconv

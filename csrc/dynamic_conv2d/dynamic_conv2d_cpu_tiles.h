@@ -12,13 +12,15 @@
 
 namespace dynconv {
 
-// Output channels that are mixed at once, and samples that are mixed for in one pass over the bank's block.
-constexpr int64_t kTileChannels = 32, kTileSamples = 4;
-constexpr int64_t kTileKernels = kTileChannels * kKernelRow;  // size of one sample's mixed block
+// Output channels that are mixed at once: many for few samples, fewer for many, so that all their mixed blocks and the
+// columns fit a core's second-level cache.
+constexpr int64_t kTileChannels = 32, kTileChannelsManySamples = 16, kManySamples = 9;
 // Columns of a tile: rows of about this many weights times about this many pixels stay in a core's second-level cache.
 constexpr int64_t kTileRows = 288, kTilePixels = 512;
-// More samples than this share a block of the bank without gain.
-constexpr int64_t kMostSamples = 32;
+// Output channels that a thread takes at once, at most: their sums should stay in the cache, too.
+constexpr int64_t kMostChannels = 256;
+// Samples that share a block of the bank.
+constexpr int64_t kMostSamples = 16;
 // A chunk of an image with its padding, at most: tiles of larger images would leave the cache, and 32-bit offsets.
 constexpr int64_t kMostPaddedBytes = 64 * 1024 * 1024;
 
@@ -30,6 +32,7 @@ struct TileSchedule {
   int64_t chunk_channels, chunks;      // chunks of a group
   int64_t rows, padded_rows;           // of a whole chunk's columns; padded to two vectors
   int64_t samples, sample_blocks;      // samples of a tile
+  int64_t tile_channels, tile_kernels; // output channels mixed at once; size of one sample's block of them
   int64_t tile_pixels, tiles;          // pixels of a tile, a multiple of panel; tiles of a sample
   int64_t padded_height, padded_width;
 
@@ -47,17 +50,19 @@ struct TileSchedule {
     tile_pixels = round_up(blocks_of(pixels, tiles), panel);
     tiles = blocks_of(p.out_pixels(), tile_pixels);
     samples = tiles > 1 ? 1 : std::clamp<int64_t>(kTilePixels / pixels, 1, std::min(kMostSamples, p.batch));
-    if (samples > kTileSamples) samples = samples / kTileSamples * kTileSamples;
+    if (samples > 4) samples = samples / 4 * 4;  // mixed in fours
+    tile_channels = samples < kManySamples ? kTileChannels : kTileChannelsManySamples;
+    tile_kernels = tile_channels * kKernelRow;
     sample_blocks = blocks_of(p.batch, samples);
     padded_height = p.height + 2 * p.padding_height;
     padded_width = p.width + 2 * p.padding_width;
   }
 
-  // Whether a group has rows enough for the product, a channel fits a chunk, and a padded chunk a bearable size.
+  // Whether a channel's taps fit a chunk, and a padded chunk has a bearable size.
   static bool fits(const DynamicConv2dParams& p) {
     const int64_t channels = std::max<int64_t>(1, std::min(p.group_channels(), kTileRows / p.taps()));
     const double padded = double(p.height + 2 * p.padding_height) * double(p.width + 2 * p.padding_width);
-    return p.group_out_channels() >= 4 && p.taps() <= kKernelRow && padded * double(channels) * 8 <= kMostPaddedBytes;
+    return p.taps() <= kKernelRow && padded * double(channels) * 8 <= kMostPaddedBytes;
   }
 };
 
@@ -85,9 +90,9 @@ class DynamicTiles {
         mix_bias(p.bank, t.bias, mix_ + n * p.bank.num_kernels, bias_.data() + n * p.out_channels);
     }
     // Output channels are shared out where samples and pixels alone leave threads idle.
-    const int64_t blocks = blocks_of(p.group_out_channels(), kTileChannels), others = s.sample_blocks * s.tiles * p.groups;
-    const int64_t ranges = std::min(blocks, std::max(blocks_of(s.threads, others), blocks_of(blocks, 8)));
-    const int64_t range = blocks_of(blocks, ranges) * kTileChannels;
+    const int64_t blocks = blocks_of(p.group_out_channels(), s.tile_channels), others = s.sample_blocks * s.tiles * p.groups;
+    const int64_t ranges = std::min(blocks, std::max(blocks_of(s.threads, others), blocks_of(p.group_out_channels(), kMostChannels)));
+    const int64_t range = blocks_of(blocks, ranges) * s.tile_channels;
     const int64_t range_count = blocks_of(p.group_out_channels(), range);
     torch::stable::parallel_for(0, others * range_count, 1, [&](int64_t begin, int64_t end) {
       ForwardScratch scratch(*this, range);
@@ -188,7 +193,7 @@ class DynamicTiles {
     ForwardScratch(const DynamicTiles& call, int64_t range)
         : image(call.image_size()),
           columns(call.s.samples * call.s.rows * call.s.tile_pixels),
-          kernels(kTileSamples * kTileKernels),
+          kernels(call.s.samples * call.s.tile_kernels),
           sums(call.direct() ? 0 : call.s.samples * range * call.s.tile_pixels),
           pixel_offset(call.s.tile_pixels) {
       image.zero();
@@ -213,30 +218,25 @@ class DynamicTiles {
                     first_row - p.padding_height, last_row + 1 - p.padding_height, x.image.data());
         k.make_columns(x.image.data(), plan, x.columns.data() + i * rows * used);
       }
-      for (int64_t o = 0; o < outs; o += kTileChannels) {
-        const int64_t tile_outs = std::min(kTileChannels, outs - o);
-        const auto bank = bank_block(o0 + o, tile_outs, c0, rows);
-        for (int64_t i = 0; i < samples; i += kTileSamples) {
-          const int64_t mixed = std::min(kTileSamples, samples - i);
-          k.mix(bank, mix_ + (n0 + i) * p.bank.num_kernels, mixed, x.kernels.data(), kTileKernels,
-                kKernelRow);
-          for (int64_t j = i; j < i + mixed; ++j) {
-            acc_t* c;
-            int64_t c_row;
-            if (direct()) {
-              c = reinterpret_cast<acc_t*>(out_) + ((n0 + j) * p.out_channels + o0 + o) * p.out_pixels() + begin;
-              c_row = p.out_pixels();
-            } else {
-              c = x.sums.data() + (j * outs + o) * used;
-              c_row = used;
-            }
-            const acc_t* start =
-                c0 == 0 && t.bias ? bias_.data() + (n0 + j) * p.out_channels + o0 + o : nullptr;
-            const acc_t* a = x.kernels.data() + (j - i) * kTileKernels;
-            for (int64_t pixel = 0; pixel < count; pixel += s.panel)
-              k.product({a, 1, 0, rows, x.columns.data() + (j * used + pixel) * rows, s.panel, c + pixel,
-                         c_row, tile_outs, std::min(s.panel, count - pixel), rows, start, c0 > 0});
+      for (int64_t o = 0; o < outs; o += s.tile_channels) {
+        const int64_t tile_outs = std::min(s.tile_channels, outs - o);
+        k.mix(bank_block(o0 + o, tile_outs, c0, rows), mix_ + n0 * p.bank.num_kernels, samples, x.kernels.data(),
+              s.tile_kernels, kKernelRow);
+        for (int64_t i = 0; i < samples; ++i) {
+          acc_t* c;
+          int64_t c_row;
+          if (direct()) {
+            c = reinterpret_cast<acc_t*>(out_) + ((n0 + i) * p.out_channels + o0 + o) * p.out_pixels() + begin;
+            c_row = p.out_pixels();
+          } else {
+            c = x.sums.data() + (i * outs + o) * used;
+            c_row = used;
           }
+          const acc_t* start = c0 == 0 && t.bias ? bias_.data() + (n0 + i) * p.out_channels + o0 + o : nullptr;
+          for (int64_t pixel = 0; pixel < count; pixel += s.panel)
+            k.product({x.kernels.data() + i * s.tile_kernels, 1, 0, rows,
+                       x.columns.data() + (i * used + pixel) * rows, s.panel, c + pixel, c_row, tile_outs,
+                       std::min(s.panel, count - pixel), rows, start, c0 > 0});
         }
       }
     }
@@ -257,27 +257,30 @@ class DynamicTiles {
   struct BackwardScratch {
     Buffer<acc_t> image, grad_image, columns, grad_columns, grad_out, kernels, grad_kernels;
     Buffer<acc_t> local_sums;  // (K, output channel of the group, weight of the chunk)
+    Buffer<acc_t> dot_lanes;   // (sample of the tile, K, lane)
     acc_t* sums = nullptr;     // of the bank's gradient, (K, O, row)
     acc_t* dots = nullptr;     // (N, K)
 
     explicit BackwardScratch(const DynamicTiles& call) {
       const TileSchedule& s = call.s;
       const bool want_kernel = call.wanted_.weight || call.wanted_.mix;
-      grad_out = Buffer<acc_t>(kTileSamples * kTileChannels * s.tile_pixels);
+      grad_out = Buffer<acc_t>(s.samples * s.tile_channels * s.tile_pixels);
+      if (call.wanted_.mix) dot_lanes = Buffer<acc_t>(s.samples * call.p.bank.num_kernels * s.lanes);
+      dot_lanes.zero();
       if (want_kernel) {
         image = Buffer<acc_t>(call.image_size());
         image.zero();
         columns = Buffer<acc_t>(s.samples * s.padded_rows * s.tile_pixels);
         // With several tiles, sums over them.
         grad_kernels = Buffer<acc_t>(
-            (s.tiles > 1 ? call.p.group_out_channels() : kTileSamples * kTileChannels) * s.padded_rows);
+            (s.tiles > 1 ? call.p.group_out_channels() : s.samples * s.tile_channels) * s.padded_rows);
       }
       if (call.local_sums_)
         local_sums = Buffer<acc_t>(call.p.bank.num_kernels * call.p.group_out_channels() * s.rows);
       if (call.wanted_.input) {
         grad_image = Buffer<acc_t>(call.image_size());
         grad_columns = Buffer<acc_t>(s.samples * s.rows * s.tile_pixels);
-        kernels = Buffer<acc_t>(kTileSamples * kTileKernels);
+        kernels = Buffer<acc_t>(s.samples * s.tile_kernels);
       }
     }
   };
@@ -318,37 +321,35 @@ class DynamicTiles {
       k.make_transposed_columns(x.image.data(), plan, x.columns.data() + i * columns_size);
     }
     const int64_t outs = p.group_out_channels();
-    for (int64_t o = 0; o < outs; o += kTileChannels) {
-      const int64_t tile_outs = std::min(kTileChannels, outs - o);
-      const int64_t first_out = group * outs + o;
+    const acc_t* a = mix_ + n0 * p.bank.num_kernels;
+    for (int64_t o = 0; o < outs; o += s.tile_channels) {
+      const int64_t tile_outs = std::min(s.tile_channels, outs - o), first_out = group * outs + o;
       const auto bank = bank_block(first_out, tile_outs, c0, rows);
-      for (int64_t i = 0; i < samples; i += kTileSamples) {
-        const int64_t mixed = std::min(kTileSamples, samples - i);
-        const acc_t* a = mix_ + (n0 + i) * p.bank.num_kernels;
-        for (int64_t j = 0; j < mixed; ++j) pack_grad_out(x, n0 + i + j, first_out, tile_outs, begin, count, j);
-        if (wanted_.input) {
-          k.mix(bank, a, mixed, x.kernels.data(), kTileKernels, kKernelRow);
-          for (int64_t j = 0; j < mixed; ++j)
-            for (int64_t pixel = 0; pixel < used; pixel += s.panel)
-              k.product_transposed({x.kernels.data() + j * kTileKernels, kKernelRow, 0, tile_outs,
-                                    grad_out_panels(x, j) + pixel * tile_outs, s.panel,
-                                    x.grad_columns.data() + ((i + j) * s.tile_pixels + pixel) * rows, s.panel, rows,
-                                    s.panel, tile_outs, nullptr, o > 0});
-        }
-        if (!want_kernel) continue;
-        acc_t* grads = x.grad_kernels.data() + (s.tiles > 1 ? o * s.padded_rows : 0);
-        for (int64_t j = 0; j < mixed; ++j)
-          for (int64_t row = 0; row < rows; row += 2 * s.lanes)
-            product_with_panels({grad_out_panels(x, j), 1, tile_outs * s.panel, s.panel,
-                                 x.columns.data() + (i + j) * columns_size + row * count, 2 * s.lanes,
-                                 grads + j * kTileChannels * s.padded_rows + row, s.padded_rows, tile_outs,
-                                 std::min(2 * s.lanes, rows - row), count, nullptr, tile > 0});
-        if (last_tile)
-          k.unmix(bank, grads, kTileChannels * s.padded_rows, s.padded_rows, a, mixed,
-                  sums_of(x, bank, o), !first_samples || i > 0,
-                  x.dots ? x.dots + (n0 + i) * p.bank.num_kernels : nullptr);
+      for (int64_t i = 0; i < samples; ++i) pack_grad_out(x, n0 + i, first_out, tile_outs, begin, count, i);
+      if (wanted_.input) {
+        k.mix(bank, a, samples, x.kernels.data(), s.tile_kernels, kKernelRow);
+        for (int64_t i = 0; i < samples; ++i)
+          for (int64_t pixel = 0; pixel < used; pixel += s.panel)
+            k.product_transposed({x.kernels.data() + i * s.tile_kernels, kKernelRow, 0, tile_outs,
+                                  grad_out_panels(x, i) + pixel * tile_outs, s.panel,
+                                  x.grad_columns.data() + (i * s.tile_pixels + pixel) * rows, s.panel, rows, s.panel,
+                                  tile_outs, nullptr, o > 0});
       }
+      if (!want_kernel) continue;
+      acc_t* grads = x.grad_kernels.data() + (s.tiles > 1 ? o * s.padded_rows : 0);
+      const int64_t grad_size = s.tile_channels * s.padded_rows;
+      for (int64_t i = 0; i < samples; ++i)
+        for (int64_t row = 0; row < rows; row += 2 * s.lanes)
+          product_with_panels({grad_out_panels(x, i), 1, tile_outs * s.panel, s.panel,
+                               x.columns.data() + i * columns_size + row * count, 2 * s.lanes,
+                               grads + i * grad_size + row, s.padded_rows, tile_outs,
+                               std::min(2 * s.lanes, rows - row), count, nullptr, tile > 0});
+      if (last_tile)
+        k.unmix(bank, grads, grad_size, s.padded_rows, a, samples, sums_of(x, bank, o), !first_samples,
+                x.dot_lanes.data());
     }
+    if (last_tile && x.dots)
+      k.add_lanes(x.dot_lanes.data(), samples * p.bank.num_kernels, x.dots + n0 * p.bank.num_kernels);
     for (int64_t i = 0; wanted_.input && i < samples; ++i) {
       if (tile == 0) x.grad_image.zero();
       k.add_columns(x.grad_columns.data() + i * s.tile_pixels * rows, plan, x.grad_image.data());
@@ -359,7 +360,7 @@ class DynamicTiles {
   }
 
   acc_t* grad_out_panels(BackwardScratch& x, int64_t j) const {
-    return x.grad_out.data() + j * kTileChannels * s.tile_pixels;
+    return x.grad_out.data() + j * s.tile_channels * s.tile_pixels;
   }
 
   void pack_grad_out(BackwardScratch& x, int64_t n, int64_t o, int64_t outs, int64_t begin, int64_t count, int64_t j) {
