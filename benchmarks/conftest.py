@@ -9,6 +9,7 @@ slow for a second is slow for all of them; pytest-benchmark is then handed the t
 from __future__ import annotations
 
 import gc
+import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -78,13 +79,15 @@ def interleave(contenders: Contenders, smoke: bool, seconds: float) -> dict[str,
     for run in contenders.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in contenders}
+    shuffle = random.Random(0)
     gc.collect()
     gc.disable()
     try:
         start = time.perf_counter()
         rounds = 0
         while rounds < 1 or not smoke and rounds < 200 and (rounds < 5 or time.perf_counter() - start < seconds):
-            for name, run in contenders.items():
+            # A new order each round: what one contender leaves behind (spinning threads, caches) falls on all alike.
+            for name, run in shuffle.sample(list(contenders.items()), len(contenders)):
                 before = time.perf_counter()
                 run()
                 times[name].append(time.perf_counter() - before)
