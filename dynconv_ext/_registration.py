@@ -57,6 +57,15 @@ def empty_like_layout(like: Tensor, shape: Sequence[Any]) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
+def register_operator(
+    library: torch.library.Library, name: str, fake: Callable[..., Any], function: type[torch.autograd.Function]
+) -> None:
+    """Gives an operator its fake kernel, and its autograd Function as autograd formula."""
+    qualified = f"dynconv_ext::{name}"
+    torch.library.register_fake(qualified, fake, lib=library)
+    torch.library.register_autograd(qualified, function.backward, setup_context=function.setup_context, lib=library)
+
+
 def register_autocast(library: torch.library.Library, name: str, lowered: Sequence[int]) -> None:
     """Under autocast, the arguments at the given positions are cast to autocast's dtype; the others stay as they are.
 

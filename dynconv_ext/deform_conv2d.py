@@ -18,6 +18,7 @@ from dynconv_ext._registration import (
     empty_like_layout,
     pair,
     register_autocast,
+    register_operator,
 )
 from dynconv_ext.reference.deform_conv2d import deform_conv2d as reference_deform_conv2d
 
@@ -140,11 +141,7 @@ def _register() -> None:
         ("deform_conv2d", _fake, DeformConv2dFunction),
         ("deform_conv2d_backward", _fake_backward, DeformConv2dBackwardFunction),
     ):
-        qualified = f"dynconv_ext::{name}"
-        torch.library.register_fake(qualified, fake, lib=_library)
-        torch.library.register_autograd(
-            qualified, function.backward, setup_context=function.setup_context, lib=_library
-        )
+        register_operator(_library, name, fake, function)
     # Offset and mask keep their dtype: a bfloat16 coordinate near 200 is off by half a pixel.
     register_autocast(_library, "deform_conv2d", lowered=(0, 2, 3))
 

@@ -18,6 +18,7 @@ from dynconv_ext._registration import (
     empty_like_layout,
     pair,
     register_autocast,
+    register_operator,
 )
 from dynconv_ext.reference.dynamic_conv2d import aggregate_kernels as reference_aggregate_kernels
 from dynconv_ext.reference.dynamic_conv2d import dynamic_conv2d as reference_dynamic_conv2d
@@ -237,11 +238,7 @@ def _register() -> None:
         ("dynamic_conv2d", _fake, DynamicConv2dFunction),
         ("dynamic_conv2d_backward", _fake_backward, DynamicConv2dBackwardFunction),
     ):
-        qualified = f"dynconv_ext::{name}"
-        torch.library.register_fake(qualified, fake, lib=_library)
-        torch.library.register_autograd(
-            qualified, function.backward, setup_context=function.setup_context, lib=_library
-        )
+        register_operator(_library, name, fake, function)
     # Attention keeps its dtype: the softmax is computed in float32 anyway.
     register_autocast(_library, "aggregate_kernels", lowered=(0, 2))
     register_autocast(_library, "dynamic_conv2d", lowered=(0, 1, 3))

@@ -5,6 +5,7 @@
 // Columns of a tile are (group, pixel, tap, channel of the group): what the matrix product with the weight reads.
 
 #include "common/matmul.inl"
+#include "common/rows.inl"
 #include "deform_conv2d/deform_conv2d_math.h"
 
 // A strip is a run of output pixels, one a lane, of one offset group. Its taps are located at once; then a block of
@@ -269,28 +270,6 @@ void transpose(const from_t* from, int64_t from_stride, to_t* to, int64_t to_str
       transpose_piece<acc_t>(from + i * from_stride + j, from_stride, to + j * to_stride + i, to_stride,
                              rows - i < lanes ? rows - i : lanes, columns - j < lanes ? columns - j : lanes);
     }
-}
-
-// to[i] = from[i], converting.
-template <class from_t, class to_t>
-void convert_row(const from_t* from, to_t* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) convert(from[i], to + i);
-}
-
-// to[i] += from[i]
-template <class from_t, class acc_t>
-void add_row(const from_t* from, acc_t* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] += to_acc(from[i]);
-}
-
-template <class from_t, class acc_t>
-acc_t sum_row(const from_t* from, int64_t count) {
-  constexpr int64_t lanes = Simd<acc_t>::lanes;
-  Vec<acc_t> sum = {};
-  int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) sum += load(from + i);
-  if (i < count) sum += load_partial<acc_t>(from + i, count - i);
-  return sum_lanes<acc_t>(sum);
 }
 
 template <class storage_t, class acc_t, class gemm_t>

@@ -2,6 +2,8 @@
 // Loops of dynamic_conv2d that run per instruction set: included by foreach_cpu_level.h inside a namespace, after
 // simd.inl.
 
+#include "common/rows.inl"
+
 // The bank, and everything of its shape, is seen in blocks: rows (output channels) of count weights each.
 
 // to[s][i] = sum_k a[s][k] * first[k][i] of one row, for samples s < S: the bank's vectors are loaded once for all.
@@ -378,30 +380,6 @@ void write_rows(const acc_t* from, int64_t from_row, storage_t* to, int64_t to_r
     for (int64_t j = 0; j < columns; ++j)
       for (int64_t i = 0; i < rows; ++i) convert(from[i * from_row + j], to + i * to_row + j * to_column);
   }
-}
-
-// --------------------------------------------------------------------------------------------------------------- rows
-
-// to[i] = from[i], converting.
-template <class from_t, class to_t>
-void convert_row(const from_t* from, to_t* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) convert(from[i], to + i);
-}
-
-// to[i] += from[i]
-template <class from_t, class acc_t>
-void add_row(const from_t* from, acc_t* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] += to_acc(from[i]);
-}
-
-template <class from_t, class acc_t>
-acc_t sum_row(const from_t* from, int64_t count) {
-  constexpr int64_t lanes = Simd<acc_t>::lanes;
-  Vec<acc_t> sum = {};
-  int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) sum += load(from + i);
-  if (i < count) sum += load_partial<acc_t>(from + i, count - i);
-  return sum_lanes<acc_t>(sum);
 }
 
 template <class storage_t, class acc_t, class product_t>
