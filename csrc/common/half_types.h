@@ -3,9 +3,11 @@
 // Arithmetic is done in float.
 #pragma once
 
+#include "common/host_device.h"
+
 #include <cstdint>
 
-#define DYNCONV_INLINE inline __attribute__((always_inline))
+#define DYNCONV_INLINE DYNCONV_HOST_DEVICE
 
 namespace dynconv {
 
