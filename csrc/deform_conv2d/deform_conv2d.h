@@ -15,6 +15,8 @@
 // -1 < y < H and -1 < x < W. A NaN coordinate gives NaN.
 #pragma once
 
+#include "common/host_device.h"
+
 #include <cstdint>
 
 namespace dynconv {
@@ -30,11 +32,11 @@ struct DeformConv2dParams {
   bool has_mask;
   bool channels_last;  // layout of input, output and their gradients
 
-  int64_t taps() const { return kernel_height * kernel_width; }
-  int64_t out_pixels() const { return out_height * out_width; }
-  int64_t in_pixels() const { return height * width; }
-  int64_t group_channels() const { return channels / groups; }
-  int64_t group_out_channels() const { return out_channels / groups; }
+  DYNCONV_HOST_DEVICE int64_t taps() const { return kernel_height * kernel_width; }
+  DYNCONV_HOST_DEVICE int64_t out_pixels() const { return out_height * out_width; }
+  DYNCONV_HOST_DEVICE int64_t in_pixels() const { return height * width; }
+  DYNCONV_HOST_DEVICE int64_t group_channels() const { return channels / groups; }
+  DYNCONV_HOST_DEVICE int64_t group_out_channels() const { return out_channels / groups; }
 };
 
 }  // namespace dynconv

@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What the two files of deform_conv2d's CUDA backward share: tiles of output gradients, and what a chunk of gradients of
+// sampled values gives to the corners.
+#pragma once
+
+#include "deform_conv2d/deform_conv2d_cuda_tiles.h"
+
+namespace dynconv {
+namespace deform_cuda {
+
+constexpr int kThreads = 256;
+
+template <class T>
+struct OutputGradients {
+  const typename T::storage_t* data;
+  ImageStrides stride;
+  int out_width, group_out_channels;
+  bool vectors;  // 16 bytes at once
+
+  // One chunk of kChunk outputs o (of weight group g) of a pixel, as operands, to shared memory.
+  DYNCONV_DEVICE void load_chunk(const Pixel& pixel, int g, int o, void* to) const {
+    const int rest = group_out_channels - o, count = pixel.image < 0 || rest < 0 ? 0 : rest < T::kChunk ? rest : T::kChunk;
+    const typename T::storage_t* const from = data + pixel.image * stride.batch +
+                                              (int64_t(g) * group_out_channels + o) * stride.channel +
+                                              (int64_t(pixel.y) * out_width + pixel.x) * stride.pixel;
+    typename T::acc_t v[T::kChunk];
+    if (vectors) {
+      ChannelChunk<T, true> chunk;
+      chunk.load(from, 1, count);
+      chunk.get(v);
+    } else {
+      ChannelChunk<T, false> chunk;
+      chunk.load(from, stride.channel, count);
+      chunk.get(v);
+    }
+    write_chunk(v, typename T::operand_t(), to);
+  }
+
+  // Rows: pixels; columns: outputs o to o + kRow.
+  template <int rows>
+  DYNCONV_DEVICE void load_tile(const Pixel* pixels, int g, int o, unsigned char* to) const {
+    for (int i = int(threadIdx.x); i < rows * kRowChunks; i += kThreads) {
+      const int row = stride.channel == 1 ? i / kRowChunks : i % rows;
+      const int chunk = stride.channel == 1 ? i % kRowChunks : i / rows;
+      load_chunk(pixels[row], g, o + chunk * T::kChunk, to + chunk_offset(row, chunk));
+    }
+  }
+};
+
+template <class T>
+bool has_output_vectors(const DeformBackwardCall& call) {
+  const DeformConv2dParams& p = call.forward.params;
+  return has_vectors(call.grad_out, call.grad_out_channels_last, p.out_channels, p.group_out_channels(), p.out_channels,
+                     T::kChunk);
+}
+
+// dots[i] += <gradient, corner i> over the chunk.
+template <class T, bool vectors>
+DYNCONV_DEVICE void add_dots(const Image<typename T::storage_t>& image, const Sample<typename T::acc_t>& s, int channel,
+                             int count, const typename T::acc_t (&gradient)[T::kChunk], typename T::acc_t (&dots)[4]) {
+  const CornerAddresses<T> at(image, s, channel);
+  ChannelChunk<T, vectors> corner[4];
+  DYNCONV_UNROLL
+  for (int i = 0; i < 4; ++i) corner[i].load(at.corner(i), at.channel, s.corners >> i & 1 ? count : 0);
+  DYNCONV_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    typename T::acc_t v[T::kChunk];
+    corner[i].get(v);
+    DYNCONV_UNROLL
+    for (int e = 0; e < T::kChunk; ++e) dots[i] += gradient[e] * v[e];
+  }
+}
+
+// Adds weight i times the gradient to corner i of the sums.
+template <class T, bool vectors>
+DYNCONV_DEVICE void scatter(const Image<typename T::acc_t>& sums, const Sample<typename T::acc_t>& s, int channel,
+                            int count, const typename T::acc_t (&gradient)[T::kChunk]) {
+  using acc_t = typename T::acc_t;
+  acc_t* const first = const_cast<acc_t*>(sums.data) + s.image * sums.stride.batch + channel * sums.stride.channel +
+                       (int64_t(s.top) * sums.width + s.left) * sums.stride.pixel;
+  DYNCONV_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    if ((s.corners >> i & 1) == 0) continue;
+    acc_t* const to = first + ((i >> 1) * sums.width + (i & 1)) * sums.stride.pixel;
+    const acc_t weight = s.weight[i];
+    if constexpr (vectors && sizeof(acc_t) == 4) {
+      if (count == 0) continue;
+      DYNCONV_UNROLL
+      for (int e = 0; e < T::kChunk; e += 4) {
+        const float part[4] = {weight * gradient[e], weight * gradient[e + 1], weight * gradient[e + 2],
+                               weight * gradient[e + 3]};
+        add_global_x4(to + e, part);
+      }
+    } else {
+      DYNCONV_UNROLL
+      for (int e = 0; e < T::kChunk; ++e)
+        if (e < count) add_global(to + e * sums.stride.channel, weight * gradient[e]);
+    }
+  }
+}
+
+// deform_conv2d_backward_weight.cu: gradients of weight and bias.
+template <class T>
+int64_t weight_workspace(const DeformBackwardCall&);
+template <class T>
+cudaError_t run_backward_weight(const DeformBackwardCall&, void* workspace, cudaStream_t);
+
+}  // namespace deform_cuda
+}  // namespace dynconv
