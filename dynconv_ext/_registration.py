@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynconv_ext import _extension
+
 
 def pair(name: str, value: int | Sequence[int]) -> list[int]:
     """(height, width) of an argument given as one number or two.
@@ -60,8 +62,13 @@ def empty_like_layout(like: Tensor, shape: Sequence[Any]) -> Tensor:
 def register_operator(
     library: torch.library.Library, name: str, fake: Callable[..., Any], function: type[torch.autograd.Function]
 ) -> None:
-    """Gives an operator its fake kernel, and its autograd Function as autograd formula."""
+    """Gives an operator its fake kernel, and its autograd Function as autograd formula.
+
+    Without a CUDA kernel it gets one that raises a readable error in place of the dispatcher's.
+    """
     qualified = f"dynconv_ext::{name}"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA"):
+        library.impl(name, _extension.no_cuda(name), "CUDA")
     torch.library.register_fake(qualified, fake, lib=library)
     torch.library.register_autograd(qualified, function.backward, setup_context=function.setup_context, lib=library)
 
