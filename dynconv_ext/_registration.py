@@ -59,6 +59,16 @@ def empty_like_layout(like: Tensor, shape: Sequence[Any]) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
+@torch.compiler.assume_constant_result
+def _matmul_allows_tf32() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def allow_tf32(input: Tensor) -> bool:
+    """Whether torch's settings let the products of a float32 operator on a GPU be done in TF32."""
+    return input.is_cuda and input.dtype == torch.float32 and _matmul_allows_tf32()
+
+
 def register_operator(
     library: torch.library.Library, name: str, fake: Callable[..., Any], function: type[torch.autograd.Function]
 ) -> None:

@@ -15,6 +15,7 @@ from dynconv_ext._registration import (
     check_same_device,
     check_tensor,
     double_backward,
+    allow_tf32,
     empty_like_layout,
     pair,
     register_autocast,
@@ -25,7 +26,7 @@ from dynconv_ext.reference.deform_conv2d import deform_conv2d as reference_defor
 # ------------------------------------------------------------------------------------------------------ fake kernels
 
 
-def _fake(input, offset, weight, bias, stride, padding, dilation, mask):
+def _fake(input, offset, weight, bias, stride, padding, dilation, mask, allow_tf32=False):
     check_same_device(input, offset=offset, weight=weight, bias=bias, mask=mask)
     sizes = [
         (input.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
@@ -34,7 +35,9 @@ def _fake(input, offset, weight, bias, stride, padding, dilation, mask):
     return empty_like_layout(input, (input.shape[0], weight.shape[0], *sizes))
 
 
-def _fake_backward(grad_out, input, offset, weight, stride, padding, dilation, mask, output_mask):
+def _fake_backward(
+    grad_out, input, offset, weight, stride, padding, dilation, mask, output_mask, allow_tf32=False, deterministic=False
+):
     def empty(wanted: bool, like: Tensor, shape: Any) -> Tensor:
         return like.new_empty(tuple(shape) if wanted else (0,))
 
@@ -56,14 +59,15 @@ class DeformConv2dFunction(torch.autograd.Function):
     """deform_conv2d with its backward; registered as the autograd formula of torch.ops.dynconv_ext.deform_conv2d."""
 
     @staticmethod
-    def forward(input, offset, weight, bias, stride, padding, dilation, mask):
-        return torch.ops.dynconv_ext.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
+    def forward(input, offset, weight, bias, stride, padding, dilation, mask, tf32):
+        return torch.ops.dynconv_ext.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask, tf32)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, offset, weight, bias, stride, padding, dilation, mask = inputs
+        input, offset, weight, bias, stride, padding, dilation, mask, tf32 = inputs
         ctx.save_for_backward(input, offset, weight, mask)
         ctx.geometry = (stride, padding, dilation)
+        ctx.allow_tf32 = tf32
         # Of input, offset, weight, bias, mask; torch appends entries of its own behind the arguments'.
         ctx.output_mask = [ctx.needs_input_grad[i] for i in (0, 1, 2, 3, 7)]
 
@@ -71,7 +75,15 @@ class DeformConv2dFunction(torch.autograd.Function):
     def backward(ctx, grad_out):
         input, offset, weight, mask = ctx.saved_tensors
         grads = torch.ops.dynconv_ext.deform_conv2d_backward(
-            grad_out, input, offset, weight, *ctx.geometry, mask, ctx.output_mask
+            grad_out,
+            input,
+            offset,
+            weight,
+            *ctx.geometry,
+            mask,
+            ctx.output_mask,
+            ctx.allow_tf32,
+            torch.are_deterministic_algorithms_enabled(),
         )
         grad_input, grad_offset, grad_weight, grad_bias, grad_mask = (
             g if wanted else None for g, wanted in zip(grads, ctx.output_mask, strict=True)
@@ -85,6 +97,7 @@ class DeformConv2dFunction(torch.autograd.Function):
             None,  # padding
             None,  # dilation
             grad_mask,
+            None,  # allow_tf32
         )
 
 
@@ -92,14 +105,14 @@ class DeformConv2dBackwardFunction(torch.autograd.Function):
     """deform_conv2d_backward with its own backward (double backward), through the reference formula."""
 
     @staticmethod
-    def forward(grad_out, input, offset, weight, stride, padding, dilation, mask, output_mask):
+    def forward(grad_out, input, offset, weight, stride, padding, dilation, mask, output_mask, tf32, deterministic):
         return torch.ops.dynconv_ext.deform_conv2d_backward(
-            grad_out, input, offset, weight, stride, padding, dilation, mask, output_mask
+            grad_out, input, offset, weight, stride, padding, dilation, mask, output_mask, tf32, deterministic
         )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        grad_out, input, offset, weight, stride, padding, dilation, mask, output_mask = inputs
+        grad_out, input, offset, weight, stride, padding, dilation, mask, output_mask, _, _ = inputs
         ctx.save_for_backward(grad_out, input, offset, weight, mask)
         ctx.geometry = (stride, padding, dilation)
         ctx.output_mask = output_mask
@@ -126,6 +139,8 @@ class DeformConv2dBackwardFunction(torch.autograd.Function):
             None,  # dilation
             grad_mask,
             None,  # output_mask
+            None,  # allow_tf32
+            None,  # deterministic
         )
 
 
@@ -184,7 +199,10 @@ def deform_conv2d(
         mask: (N, D * kH * kW, Ho, Wo), any real values; absent means 1.
 
     float32, float64, bfloat16 and float16; sums and coordinates are float32 (float64 for float64). Offset and mask may
-    be float32 beside 16-bit input and weight; autocast lowers input, weight and bias only.
+    be float32 beside 16-bit input and weight; autocast lowers input, weight and bias only. On a GPU, float32 products
+    are exact, or rounded to TF32 where ``torch.set_float32_matmul_precision`` or
+    ``torch.backends.cuda.matmul.fp32_precision`` allows it, and the sums of the input's gradient have no fixed order
+    unless ``torch.use_deterministic_algorithms(True)`` is set.
 
     Returns:
         (N, O, Ho, Wo).
@@ -217,6 +235,7 @@ def deform_conv2d(
         pair("padding", padding),
         pair("dilation", dilation),
         mask,
+        allow_tf32(input),
     )
 
 

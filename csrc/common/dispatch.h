@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// From tensors to typed memory on the CPU: types as template parameters, layouts, new outputs.
+// From tensors to typed memory: types as template parameters, layouts, new outputs.
 #pragma once
 
 #include "common/checks.h"
@@ -86,7 +86,8 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, 
   using torch::headeronly::MemoryFormat;
   Tensor tensor = torch::stable::empty({shape.data(), shape.size()}, like.scalar_type(), std::nullopt, like.device(),
                                        std::nullopt, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  if (tensor.numel()) prefer_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * int64_t(tensor.element_size()));
+  if (tensor.device().type() == torch::headeronly::DeviceType::CPU && tensor.numel())
+    prefer_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * int64_t(tensor.element_size()));
   return tensor;
 }
 // An output of a backward: of shape (0,) where not wanted.

@@ -3,11 +3,11 @@
 #include "common/cpu_level.h"
 #include "common/dispatch.h"
 #include "common/host_device.h"
+#include "common/library.h"
 #include "deform_conv2d/deform_conv2d_cpu_backward.h"
 #include "deform_conv2d/deform_conv2d_cpu_forward.h"
 #include "deform_conv2d/deform_conv2d_params.h"
 
-#include <torch/csrc/stable/library.h>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -48,7 +48,7 @@ ScalarWriter<acc_t> writer(Tensor& tensor) {
 Tensor deform_conv2d_cpu(const Tensor& input, const Tensor& offset, const Tensor& weight,
                          const std::optional<Tensor>& bias, const std::vector<int64_t>& stride,
                          const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                         const std::optional<Tensor>& mask) {
+                         const std::optional<Tensor>& mask, bool /*allow_tf32*/) {
   const DeformConv2dParams p = make_params(input, offset, weight, bias, stride, padding, dilation, mask);
   Tensor out = new_tensor(input, {p.batch, p.out_channels, p.out_height, p.out_width}, p.channels_last);
   if (p.batch == 0) return out;
@@ -69,30 +69,12 @@ Tensor deform_conv2d_cpu(const Tensor& input, const Tensor& offset, const Tensor
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward_cpu(
     const Tensor& grad_out, const Tensor& input, const Tensor& offset, const Tensor& weight,
     const std::vector<int64_t>& stride, const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-    const std::optional<Tensor>& mask, const std::vector<bool>& output_mask) {
+    const std::optional<Tensor>& mask, const std::vector<bool>& output_mask, bool /*allow_tf32*/,
+    bool /*deterministic*/) {
   const DeformConv2dParams p = make_params(input, offset, weight, std::nullopt, stride, padding, dilation, mask);
-  check_dim("grad_out", grad_out, 4, "(N, O, Ho, Wo)");
-  check_same_dtype("grad_out", grad_out, input);
-  check_same_device("grad_out", grad_out, input);
-  check_equal("grad_out.shape[0]", grad_out.size(0), "input.shape[0]", p.batch);
-  check_equal("grad_out.shape[1]", grad_out.size(1), "weight.shape[0]", p.out_channels);
-  check_equal("grad_out.shape[2]", grad_out.size(2), "output height", p.out_height);
-  check_equal("grad_out.shape[3]", grad_out.size(3), "output width", p.out_width);
-  if (output_mask.size() != 5) fail("output_mask: got ", output_mask.size(), " values, expected 5");
-  const int64_t taps = p.taps();
-  Tensor grad_input = new_gradient(output_mask[0], input, {p.batch, p.channels, p.height, p.width}, p.channels_last);
-  Tensor grad_offset =
-      new_gradient(output_mask[1], offset, {p.batch, 2 * p.offset_groups * taps, p.out_height, p.out_width});
-  Tensor grad_weight =
-      new_gradient(output_mask[2], weight, {p.out_channels, p.group_channels(), p.kernel_height, p.kernel_width});
-  Tensor grad_bias = new_gradient(output_mask[3], weight, {p.out_channels});
-  Tensor grad_mask = new_gradient(output_mask[4] && mask, mask ? *mask : offset,
-                            {p.batch, p.offset_groups * taps, p.out_height, p.out_width});
-  if (p.batch == 0) {
-    torch::stable::zero_(grad_weight);
-    torch::stable::zero_(grad_bias);
-    return {grad_input, grad_offset, grad_weight, grad_bias, grad_mask};
-  }
+  check_backward(p, grad_out, input, output_mask);
+  BackwardTensors grads(p, input, offset, weight, mask, output_mask);
+  if (p.batch == 0) return grads.zeroed();
   const Tensor x = dense(input, p.channels_last), w = torch::stable::contiguous(weight);
   const bool grad_channels_last = is_channels_last(grad_out);
   const Tensor g = dense(grad_out, grad_channels_last);
@@ -103,17 +85,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward_cpu(
     deform::DeformBackward<storage_t, acc_t, gemm_t> call(p, const_data<storage_t>(x),
                                                   reader<acc_t>(offset), reader<acc_t>(mask),
                                                   const_data<storage_t>(w));
-    deform::DeformGradients<storage_t, acc_t> gradients{mutable_data<storage_t>(grad_input), writer<acc_t>(grad_offset),
-                                                writer<acc_t>(grad_mask), mutable_data<storage_t>(grad_weight), mutable_data<storage_t>(grad_bias)};
+    deform::DeformGradients<storage_t, acc_t> gradients{
+        mutable_data<storage_t>(grads.input), writer<acc_t>(grads.offset), writer<acc_t>(grads.mask),
+        mutable_data<storage_t>(grads.weight), mutable_data<storage_t>(grads.bias)};
     call.run(const_data<storage_t>(g), grad_channels_last, gradients);
   });
-  return {grad_input, grad_offset, grad_weight, grad_bias, grad_mask};
+  return grads.all();
 }
 
 }  // namespace
 }  // namespace dynconv
 
-STABLE_TORCH_LIBRARY_IMPL(dynconv_ext, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(DYNCONV_LIBRARY, CPU, m) {
   m.impl("deform_conv2d", TORCH_BOX(&dynconv::deform_conv2d_cpu));
   m.impl("deform_conv2d_backward", TORCH_BOX(&dynconv::deform_conv2d_backward_cpu));
 }

@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Every check of deform_conv2d, used by both backends: wrong arguments never reach a kernel.
+// Every check of deform_conv2d, and the outputs of its backward, for both backends: wrong arguments never reach a kernel.
 #pragma once
 
 #include "common/checks.h"
+#include "common/dispatch.h"
 #include "deform_conv2d/deform_conv2d.h"
+
+#include <tuple>
 
 namespace dynconv {
 
@@ -85,5 +88,39 @@ inline DeformConv2dParams make_params(const Tensor& input, const Tensor& offset,
   p.channels_last = is_channels_last(input);
   return p;
 }
+
+inline void check_backward(const DeformConv2dParams& p, const Tensor& grad_out, const Tensor& input,
+                           const std::vector<bool>& output_mask) {
+  check_dim("grad_out", grad_out, 4, "(N, O, Ho, Wo)");
+  check_same_dtype("grad_out", grad_out, input);
+  check_same_device("grad_out", grad_out, input);
+  check_equal("grad_out.shape[0]", grad_out.size(0), "input.shape[0]", p.batch);
+  check_equal("grad_out.shape[1]", grad_out.size(1), "weight.shape[0]", p.out_channels);
+  check_equal("grad_out.shape[2]", grad_out.size(2), "output height", p.out_height);
+  check_equal("grad_out.shape[3]", grad_out.size(3), "output width", p.out_width);
+  if (output_mask.size() != 5) fail("output_mask: got ", output_mask.size(), " values, expected 5");
+}
+
+// Gradients, uninitialised; of shape (0,) where not wanted.
+struct BackwardTensors {
+  Tensor input, offset, weight, bias, mask;
+
+  BackwardTensors(const DeformConv2dParams& p, const Tensor& x, const Tensor& offset_, const Tensor& weight_,
+                  const std::optional<Tensor>& mask_, const std::vector<bool>& wanted)
+      : input(new_gradient(wanted[0], x, {p.batch, p.channels, p.height, p.width}, p.channels_last)),
+        offset(new_gradient(wanted[1], offset_, {p.batch, 2 * p.offset_groups * p.taps(), p.out_height, p.out_width})),
+        weight(new_gradient(wanted[2], weight_,
+                            {p.out_channels, p.group_channels(), p.kernel_height, p.kernel_width})),
+        bias(new_gradient(wanted[3], weight_, {p.out_channels})),
+        mask(new_gradient(wanted[4] && mask_, mask_ ? *mask_ : offset_,
+                          {p.batch, p.offset_groups * p.taps(), p.out_height, p.out_width})) {}
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> all() const { return {input, offset, weight, bias, mask}; }
+  // Of an empty batch.
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> zeroed() {
+    torch::stable::zero_(weight);
+    torch::stable::zero_(bias);
+    return all();
+  }
+};
 
 }  // namespace dynconv
