@@ -392,7 +392,7 @@ int64_t deform_conv2d_backward_workspace(DeformPrecision precision, const Deform
       precision, [&](auto types) { return deform_cuda::Workspace<decltype(types)>(call).total; });
 }
 
-cudaError_t deform_conv2d_backward_cuda(DeformPrecision precision, const DeformBackwardCall& call, void* workspace,
+cudaError_t launch_deform_conv2d_backward(DeformPrecision precision, const DeformBackwardCall& call, void* workspace,
                                         cudaStream_t stream) {
   return deform_cuda::dispatch_precision(
       precision, [&](auto types) { return deform_cuda::run_backward<decltype(types)>(call, workspace, stream); });

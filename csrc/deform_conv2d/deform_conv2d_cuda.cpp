@@ -52,8 +52,8 @@ Tensor deform_conv2d_cuda(const Tensor& input, const Tensor& offset, const Tenso
   const DeformCall call = make_call(p, x, w, offset, mask);
   const DeformPrecision precision = precision_of(input, allow_tf32);
   Tensor workspace = new_workspace(input, deform_conv2d_forward_workspace(precision, p));
-  check_launch("deform_conv2d", deform_conv2d_forward_cuda(precision, call, const_data<void>(b), out.mutable_data_ptr(),
-                                                           workspace.mutable_data_ptr(), context.stream()));
+  check_launch("deform_conv2d", launch_deform_conv2d_forward(precision, call, const_data<void>(b), out.mutable_data_ptr(),
+                                                             workspace.mutable_data_ptr(), context.stream()));
   return out;
 }
 
@@ -80,8 +80,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward_cuda(
   const DeformPrecision precision = precision_of(input, allow_tf32);
   Tensor workspace = new_workspace(input, deform_conv2d_backward_workspace(precision, call));
   check_launch("deform_conv2d_backward",
-               deform_conv2d_backward_cuda(precision, call, workspace.numel() ? workspace.mutable_data_ptr() : nullptr,
-                                           context.stream()));
+               launch_deform_conv2d_backward(precision, call, workspace.numel() ? workspace.mutable_data_ptr() : nullptr,
+                                             context.stream()));
   return grads.all();
 }
 

@@ -39,7 +39,7 @@ struct DeformCall {
 int64_t deform_conv2d_forward_workspace(DeformPrecision, const DeformConv2dParams&);
 
 // bias (O) or null; out (N, O, Ho, Wo) in the layout of input.
-cudaError_t deform_conv2d_forward_cuda(DeformPrecision, const DeformCall&, const void* bias, void* out, void* workspace,
+cudaError_t launch_deform_conv2d_forward(DeformPrecision, const DeformCall&, const void* bias, void* out, void* workspace,
                                        cudaStream_t);
 
 // null where not wanted. input: in the layout of the input; the others contiguous; offset and mask in offset_type.
@@ -60,6 +60,6 @@ struct DeformBackwardCall {
 };
 
 int64_t deform_conv2d_backward_workspace(DeformPrecision, const DeformBackwardCall&);
-cudaError_t deform_conv2d_backward_cuda(DeformPrecision, const DeformBackwardCall&, void* workspace, cudaStream_t);
+cudaError_t launch_deform_conv2d_backward(DeformPrecision, const DeformBackwardCall&, void* workspace, cudaStream_t);
 
 }  // namespace dynconv

@@ -231,7 +231,7 @@ int64_t deform_conv2d_forward_workspace(DeformPrecision precision, const DeformC
   });
 }
 
-cudaError_t deform_conv2d_forward_cuda(DeformPrecision precision, const DeformCall& call, const void* bias, void* out,
+cudaError_t launch_deform_conv2d_forward(DeformPrecision precision, const DeformCall& call, const void* bias, void* out,
                                        void* workspace, cudaStream_t stream) {
   return deform_cuda::dispatch_precision(precision, [&](auto types) {
     return deform_cuda::run_forward<decltype(types)>(call, bias, out, workspace, stream);
