@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the operators' Python faces share: pairs, layouts, casting under autocast, double backward."""
+"""What the operators' Python faces share: pairs, sizes, layouts, gradients, autocast, double backward."""
 
 from __future__ import annotations
 
@@ -26,6 +26,17 @@ def pair(name: str, value: int | Sequence[int]) -> list[int]:
     ):
         return [value, value]
     raise TypeError(f"{name}: got {value!r}, expected an int or a pair of ints (height, width)")
+
+
+def number(name: str, value: Any, expected: str = "a number") -> float:
+    """A real number as a float.
+
+    Raises:
+        TypeError: value is none; names the argument and says what was expected.
+    """
+    if isinstance(value, bool | str | Tensor) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name}: got {value!r}, expected {expected}")
+    return float(value)
 
 
 def check_tensor(name: str, value: Any, optional: bool = False) -> None:
@@ -55,6 +66,31 @@ def empty_like_layout(like: Tensor, shape: Sequence[Any]) -> Tensor:
     """An output of like's dtype, device and layout (contiguous or channels_last)."""
     layout = torch.channels_last if is_channels_last(like) else torch.contiguous_format
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+def output_size(
+    input: Tensor, kernel: Sequence[Any], stride: Sequence[Any], padding: Sequence[Any], dilation: Sequence[Any]
+) -> tuple[Any, Any]:
+    """(Ho, Wo) of a convolution of input (N, C, H, W); sizes may be symbolic."""
+    height, width = (
+        (input.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
+    )
+    return height, width
+
+
+def empty_if(wanted: bool, like: Tensor, shape: Sequence[Any]) -> Tensor:
+    """An output of like's dtype and device: of the given shape, or of no elements where it is not wanted."""
+    return like.new_empty(tuple(shape) if wanted else (0,))
+
+
+def empty_input_gradient(wanted: bool, input: Tensor) -> Tensor:
+    """A fake backward's gradient of the operator's input, which has the input's layout."""
+    return empty_like_layout(input, input.shape) if wanted else input.new_empty((0,))
+
+
+def only_wanted(grads: Sequence[Tensor | None], output_mask: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients with None in place of those that were not wanted."""
+    return [g if wanted else None for g, wanted in zip(grads, output_mask, strict=True)]
 
 
 def register_operator(

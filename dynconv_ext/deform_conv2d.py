@@ -11,11 +11,16 @@ from torch import Tensor, nn
 from torch.nn import init
 
 from dynconv_ext import _extension
+from dynconv_ext._layer import ConvLayer
 from dynconv_ext._registration import (
     check_same_device,
     check_tensor,
     double_backward,
+    empty_if,
+    empty_input_gradient,
     empty_like_layout,
+    only_wanted,
+    output_size,
     pair,
     register_autocast,
     register_operator,
@@ -27,25 +32,17 @@ from dynconv_ext.reference.deform_conv2d import deform_conv2d as reference_defor
 
 def _fake(input, offset, weight, bias, stride, padding, dilation, mask):
     check_same_device(input, offset=offset, weight=weight, bias=bias, mask=mask)
-    sizes = [
-        (input.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
-        for i in (0, 1)
-    ]
+    sizes = output_size(input, weight.shape[2:], stride, padding, dilation)
     return empty_like_layout(input, (input.shape[0], weight.shape[0], *sizes))
 
 
 def _fake_backward(grad_out, input, offset, weight, stride, padding, dilation, mask, output_mask):
-    def empty(wanted: bool, like: Tensor, shape: Any) -> Tensor:
-        return like.new_empty(tuple(shape) if wanted else (0,))
-
     return (
-        empty_like_layout(input, input.shape) if output_mask[0] else input.new_empty((0,)),
-        empty(output_mask[1], offset, offset.shape),
-        empty(output_mask[2], weight, weight.shape),
-        empty(output_mask[3], weight, weight.shape[:1]),
-        empty(
-            output_mask[4] and mask is not None, offset if mask is None else mask, () if mask is None else mask.shape
-        ),
+        empty_input_gradient(output_mask[0], input),
+        empty_if(output_mask[1], offset, offset.shape),
+        empty_if(output_mask[2], weight, weight.shape),
+        empty_if(output_mask[3], weight, weight.shape[:1]),
+        offset.new_empty((0,)) if mask is None else empty_if(output_mask[4], mask, mask.shape),
     )
 
 
@@ -73,9 +70,7 @@ class DeformConv2dFunction(torch.autograd.Function):
         grads = torch.ops.dynconv_ext.deform_conv2d_backward(
             grad_out, input, offset, weight, *ctx.geometry, mask, ctx.output_mask
         )
-        grad_input, grad_offset, grad_weight, grad_bias, grad_mask = (
-            g if wanted else None for g, wanted in zip(grads, ctx.output_mask, strict=True)
-        )
+        grad_input, grad_offset, grad_weight, grad_bias, grad_mask = only_wanted(grads, ctx.output_mask)
         return (
             grad_input,
             grad_offset,
@@ -112,9 +107,8 @@ class DeformConv2dBackwardFunction(torch.autograd.Function):
             return reference_deform_conv2d(input, offset, weight, bias, *ctx.geometry, mask)
 
         bias = weight.new_zeros(weight.shape[0])
-        used = [g if wanted else None for g, wanted in zip(grads, ctx.output_mask, strict=True)]
         (grad_input, grad_offset, grad_weight, _, grad_mask), grad_grad_out = double_backward(
-            formula, [input, offset, weight, bias, mask], grad_out, used
+            formula, [input, offset, weight, bias, mask], grad_out, only_wanted(grads, ctx.output_mask)
         )
         return (
             grad_grad_out,
@@ -223,15 +217,7 @@ def deform_conv2d(
 # ----------------------------------------------------------------------------------------------------------- modules
 
 
-def _check_layer(in_channels: int, out_channels: int, groups: int, offset_groups: int) -> None:
-    for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
-        if value < 1 or value % groups != 0:
-            raise ValueError(f"{name}: got {value}, expected a positive multiple of groups = {groups}")
-    if offset_groups < 1 or in_channels % offset_groups != 0:
-        raise ValueError(f"offset_groups: got {offset_groups}, expected a divisor of in_channels = {in_channels}")
-
-
-class DeformConv2d(nn.Module):
+class DeformConv2d(ConvLayer):
     """Deformable convolution with offset (and mask) given to forward; torchvision.ops.DeformConv2d's constructor.
 
     Args:
@@ -260,15 +246,7 @@ class DeformConv2d(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if groups < 1:
-            raise ValueError(f"groups: got {groups}, expected at least 1")
-        _check_layer(in_channels, out_channels, groups, 1)
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size = tuple(pair("kernel_size", kernel_size))
-        self.stride = tuple(pair("stride", stride))
-        self.padding = tuple(pair("padding", padding))
-        self.dilation = tuple(pair("dilation", dilation))
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size, **options))
         self.bias = nn.Parameter(torch.empty(out_channels, **options)) if bias else None
@@ -286,14 +264,11 @@ class DeformConv2d(nn.Module):
         return deform_conv2d(input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask=mask)
 
     def extra_repr(self) -> str:
-        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
-        text += f", padding={self.padding}" if self.padding != (0, 0) else ""
-        text += f", dilation={self.dilation}" if self.dilation != (1, 1) else ""
-        text += f", groups={self.groups}" if self.groups != 1 else ""
-        return text + (", bias=False" if self.bias is None else "")
+        """The settings, for ``repr``."""
+        return super().extra_repr() + (", bias=False" if self.bias is None else "")
 
 
-class DeformableConv2d(nn.Module):
+class DeformableConv2d(ConvLayer):
     """Deformable convolution that predicts its own offset and mask, as in the source report.
 
     ``mask = 2 * sigmoid(modulator_conv(x))``, ``offset = offset_conv(x)``, both convolutions zero-initialised, so that
@@ -326,24 +301,23 @@ class DeformableConv2d(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if groups < 1:
-            raise ValueError(f"groups: got {groups}, expected at least 1")
-        _check_layer(in_channels, out_channels, groups, offset_groups)
-        geometry: dict[str, Any] = {
-            "kernel_size": tuple(pair("kernel_size", kernel_size)),
-            "stride": tuple(pair("stride", stride)),
-            "padding": tuple(pair("padding", padding)),
-            "dilation": tuple(pair("dilation", dilation)),
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        if offset_groups < 1 or in_channels % offset_groups != 0:
+            raise ValueError(f"offset_groups: got {offset_groups}, expected a divisor of in_channels = {in_channels}")
+        options: dict[str, Any] = {
+            "kernel_size": self.kernel_size,
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
             "device": device,
             "dtype": dtype,
         }
-        taps = math.prod(geometry["kernel_size"])
+        taps = math.prod(self.kernel_size)
         self.offset_groups = offset_groups
-        self.offset_conv = nn.Conv2d(in_channels, 2 * offset_groups * taps, **geometry)
-        self.modulator_conv = nn.Conv2d(in_channels, offset_groups * taps, **geometry)
+        self.offset_conv = nn.Conv2d(in_channels, 2 * offset_groups * taps, **options)
+        self.modulator_conv = nn.Conv2d(in_channels, offset_groups * taps, **options)
         # Holds the weight and the bias of the deformable convolution; never called as a convolution.
-        self.regular_conv = nn.Conv2d(in_channels, out_channels, groups=groups, bias=bias, **geometry)
+        self.regular_conv = nn.Conv2d(in_channels, out_channels, groups=groups, bias=bias, **options)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -369,4 +343,5 @@ class DeformableConv2d(nn.Module):
         return deform_conv2d(input, offset, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, mask=mask)
 
     def extra_repr(self) -> str:
+        """What ``repr`` doesn't show with the three convolutions."""
         return f"offset_groups={self.offset_groups}"
