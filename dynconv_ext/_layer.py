@@ -5,7 +5,21 @@ from __future__ import annotations
 
 from torch import nn
 
-from dynconv_ext._registration import pair
+from dynconv_ext._registration import is_whole, pair
+
+
+def at_least_one(**counts: int) -> None:
+    """Raises ValueError unless every argument is a whole number >= 1."""
+    for name, value in counts.items():
+        if not is_whole(value) or value < 1:
+            raise ValueError(f"{name}: got {value!r}, expected at least 1, a whole number")
+
+
+def _pair(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
+    height, width = pair(name, value)
+    if height < least or width < least:
+        raise ValueError(f"{name}: got {(height, width)}, expected values >= {least}")
+    return height, width
 
 
 class ConvLayer(nn.Module):
@@ -29,16 +43,15 @@ class ConvLayer(nn.Module):
         groups: int,
     ) -> None:
         super().__init__()
-        if groups < 1:
-            raise ValueError(f"groups: got {groups}, expected at least 1")
+        at_least_one(groups=groups)
         for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
-            if value < 1 or value % groups != 0:
-                raise ValueError(f"{name}: got {value}, expected a positive multiple of groups = {groups}")
+            if not is_whole(value) or value < 1 or value % groups != 0:
+                raise ValueError(f"{name}: got {value!r}, expected a positive multiple of groups = {groups}")
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size = tuple(pair("kernel_size", kernel_size))
-        self.stride = tuple(pair("stride", stride))
-        self.padding = tuple(pair("padding", padding))
-        self.dilation = tuple(pair("dilation", dilation))
+        self.kernel_size = _pair("kernel_size", kernel_size, 1)
+        self.stride = _pair("stride", stride, 1)
+        self.padding = _pair("padding", padding, 0)
+        self.dilation = _pair("dilation", dilation, 1)
 
     def extra_repr(self) -> str:
         """The settings that differ from nn.Conv2d's defaults."""

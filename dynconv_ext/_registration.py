@@ -10,21 +10,20 @@ import torch
 from torch import Tensor
 
 
+def is_whole(value: Any) -> bool:
+    """Whether an argument is a whole number, symbolic ones included; a bool is none."""
+    return isinstance(value, torch.SymInt) or hasattr(value, "__index__") and not isinstance(value, bool | Tensor)
+
+
 def pair(name: str, value: int | Sequence[int]) -> list[int]:
     """(height, width) of an argument given as one number or two.
 
     Raises:
         TypeError: value is neither; names the argument.
     """
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        if len(value) == 2:
-            return [value[0], value[1]]
-        if len(value) == 1:
-            return [value[0], value[0]]
-    elif not isinstance(value, str | float | bool | Tensor) and hasattr(value, "__index__") | isinstance(
-        value, torch.SymInt
-    ):
-        return [value, value]
+    values = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    if len(values) in (1, 2) and all(is_whole(each) for each in values):
+        return [values[0], values[-1]]
     raise TypeError(f"{name}: got {value!r}, expected an int or a pair of ints (height, width)")
 
 

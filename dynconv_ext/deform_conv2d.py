@@ -19,6 +19,7 @@ from dynconv_ext._registration import (
     empty_if,
     empty_input_gradient,
     empty_like_layout,
+    is_whole,
     only_wanted,
     output_size,
     pair,
@@ -302,8 +303,8 @@ class DeformableConv2d(ConvLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
-        if offset_groups < 1 or in_channels % offset_groups != 0:
-            raise ValueError(f"offset_groups: got {offset_groups}, expected a divisor of in_channels = {in_channels}")
+        if not is_whole(offset_groups) or offset_groups < 1 or in_channels % offset_groups != 0:
+            raise ValueError(f"offset_groups: got {offset_groups!r}, expected a divisor of in_channels = {in_channels}")
         options: dict[str, Any] = {
             "kernel_size": self.kernel_size,
             "stride": self.stride,

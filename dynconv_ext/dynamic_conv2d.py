@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import init
 
 from dynconv_ext import _extension
-from dynconv_ext._layer import ConvLayer
+from dynconv_ext._layer import ConvLayer, at_least_one
 from dynconv_ext._registration import (
     check_same_device,
     check_tensor,
@@ -411,9 +411,7 @@ class DynamicConv2d(ConvLayer, AnnealedTemperature):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
-        for name, value in (("num_kernels", num_kernels), ("reduction", reduction)):
-            if value < 1:
-                raise ValueError(f"{name}: got {value}, expected at least 1")
+        at_least_one(num_kernels=num_kernels, reduction=reduction)
         self.num_kernels = num_kernels
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         shape = (num_kernels, out_channels, in_channels // groups, *self.kernel_size)

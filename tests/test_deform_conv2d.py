@@ -325,6 +325,7 @@ def arguments(**changes):
         ({"stride": 0}, RuntimeError, r"stride: got \(0, 0\), expected values >= 1"),
         ({"stride": "2"}, TypeError, "stride: got '2', expected an int or a pair"),
         ({"padding": (1, 2, 3)}, TypeError, r"padding: got \(1, 2, 3\), expected an int or a pair"),
+        ({"padding": ("1", 1)}, TypeError, r"padding: got \('1', 1\), expected an int or a pair"),
         ({"padding": -1}, RuntimeError, r"padding: got \(-1, -1\), expected values >= 0"),
         ({"dilation": (1, 0)}, RuntimeError, r"dilation: got \(1, 0\), expected values >= 1"),
         ({"dilation": 9}, RuntimeError, "input: got size 6 x 5, which gives an output of 0 x 0"),
@@ -399,6 +400,12 @@ def test_deformable_module_predicts_as_two_convolutions():
         ({"out_channels": 0}, "out_channels: got 0"),
         ({"offset_groups": 3}, "offset_groups: got 3, expected a divisor of in_channels = 4"),
         ({"groups": 0}, "groups: got 0"),
+        ({"groups": "2"}, "groups: got '2', expected at least 1, a whole number"),
+        ({"in_channels": 4.0}, "in_channels: got 4.0, expected a positive multiple"),
+        ({"kernel_size": 0}, r"kernel_size: got \(0, 0\), expected values >= 1"),
+        ({"stride": (1, 0)}, r"stride: got \(1, 0\), expected values >= 1"),
+        ({"padding": -1}, r"padding: got \(-1, -1\), expected values >= 0"),
+        ({"dilation": 0}, r"dilation: got \(0, 0\), expected values >= 1"),
     ],
 )
 def test_module_errors(arguments, text):

@@ -199,7 +199,7 @@ def load_list(
         raise DataError(f"{path}: there is no such list file")
     name = f"{path.resolve().parent.name}-{path.stem}"
     records, problems = read_list(path, None if root is None else Path(root).expanduser())
-    records, out_of_range = check_labels(records, num_classes)
+    records, out_of_range = check_labels(records, num_classes, f"{num_classes} classes")
     items, missing = items_from_records(records)
     problems += out_of_range + missing
     if problems and not skip_bad_images:
