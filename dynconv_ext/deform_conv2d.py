@@ -232,6 +232,17 @@ class DeformConv2d(ConvLayer):
     Attributes:
         weight: (O, C / groups, kH, kW).
         bias: (O,) or None.
+
+    Raises:
+        ValueError: a number is out of range, or in_channels or out_channels no multiple of groups; names it.
+        TypeError: kernel_size, stride, padding or dilation is no int or pair of ints.
+
+    Example:
+        >>> layer = DeformConv2d(4, 6, kernel_size=3, padding=1)
+        >>> layer(torch.ones(1, 4, 8, 8), offset=torch.zeros(1, 18, 8, 8)).shape
+        torch.Size([1, 6, 8, 8])
+
+    Source: Dai et al. 2017, arXiv:1703.06211; Zhu et al. 2019, arXiv:1811.11168.
     """
 
     def __init__(
@@ -261,7 +272,19 @@ class DeformConv2d(ConvLayer):
             init.uniform_(self.bias, -bound, bound)
 
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
-        """input (N, C, H, W), offset (N, 2*D*kH*kW, Ho, Wo), mask (N, D*kH*kW, Ho, Wo) -> (N, O, Ho, Wo)."""
+        """Convolves; the shapes decide D, the number of offset groups.
+
+        Args:
+            input: (N, C, H, W).
+            offset: (N, 2 * D * kH * kW, Ho, Wo), in input pixels; channels as in :func:`deform_conv2d`.
+            mask: (N, D * kH * kW, Ho, Wo), any real values; None means 1.
+
+        Returns:
+            (N, O, Ho, Wo).
+
+        Raises:
+            RuntimeError, TypeError, ImportError: as :func:`deform_conv2d` does.
+        """
         return deform_conv2d(input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask=mask)
 
     def extra_repr(self) -> str:
@@ -274,7 +297,7 @@ class DeformableConv2d(ConvLayer):
 
     ``mask = 2 * sigmoid(modulator_conv(x))``, ``offset = offset_conv(x)``, both convolutions zero-initialised, so that
     the layer starts as an ordinary convolution. They run as one convolution. The state_dict keys are the report's:
-    ``offset_conv``, ``modulator_conv`` and ``regular_conv``, each with ``weight`` and ``bias``.
+    ``offset_conv``, ``modulator_conv`` and ``regular_conv``, each with ``weight`` and ``bias``. Drop-in for nn.Conv2d.
 
     Args:
         in_channels: C.
@@ -285,7 +308,23 @@ class DeformableConv2d(ConvLayer):
         bias: whether ``regular_conv`` has a bias; the predictions always have one.
         device, dtype: of the parameters.
 
-    Source: Zhu et al. 2019, arXiv:1811.11168.
+    Attributes:
+        offset_conv: nn.Conv2d, C -> 2 * D * kH * kW channels.
+        modulator_conv: nn.Conv2d, C -> D * kH * kW channels.
+        regular_conv: nn.Conv2d that holds weight (O, C / groups, kH, kW) and bias (O,) of the convolution itself.
+
+    Raises:
+        ValueError: a number is out of range, in_channels or out_channels no multiple of groups, or offset_groups no
+            divisor of in_channels; names it.
+        TypeError: kernel_size, stride, padding or dilation is no int or pair of ints.
+
+    Example:
+        >>> layer, x = DeformableConv2d(4, 6, kernel_size=3, padding=1), torch.ones(1, 4, 8, 8)
+        >>> torch.allclose(layer(x), layer.regular_conv(x), atol=1e-5)  # before any training
+        True
+
+    Source: Zhu et al. 2019, arXiv:1811.11168, whose offsets and masks are predicted and start likewise; the factor 2,
+    so that masks start at 1, is the source report's.
     """
 
     def __init__(
@@ -329,7 +368,14 @@ class DeformableConv2d(ConvLayer):
         self.regular_conv.reset_parameters()
 
     def predict(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """Offset (N, 2*D*kH*kW, Ho, Wo) in pixels, and mask (N, D*kH*kW, Ho, Wo) in (0, 2), for an input."""
+        """What the layer convolves an input with.
+
+        Args:
+            input: (N, C, H, W).
+
+        Returns:
+            Offset (N, 2 * D * kH * kW, Ho, Wo) in input pixels, and mask (N, D * kH * kW, Ho, Wo) in 0..2.
+        """
         conv = self.offset_conv
         weight = torch.cat([conv.weight, self.modulator_conv.weight])
         bias = torch.cat([conv.bias, self.modulator_conv.bias])
@@ -338,7 +384,18 @@ class DeformableConv2d(ConvLayer):
         return offset, 2 * logits.sigmoid()
 
     def forward(self, input: Tensor) -> Tensor:
-        """input (N, C, H, W) -> (N, O, Ho, Wo)."""
+        """Convolves.
+
+        Args:
+            input: (N, C, H, W).
+
+        Returns:
+            (N, O, Ho, Wo).
+
+        Raises:
+            RuntimeError: the input does not fit.
+            ImportError: the compiled library is missing.
+        """
         offset, mask = self.predict(input)
         conv = self.regular_conv
         return deform_conv2d(input, offset, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, mask=mask)

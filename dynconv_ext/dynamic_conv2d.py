@@ -391,6 +391,15 @@ class DynamicConv2d(ConvLayer, AnnealedTemperature):
         fc1, fc2: the attention's layers.
         temperature: buffer, one number.
 
+    Raises:
+        ValueError: a number is out of range, or in_channels or out_channels no multiple of groups; names it.
+        TypeError: kernel_size, stride, padding or dilation is no int or pair of ints, or temperature no number.
+
+    Example:
+        >>> layer = DynamicConv2d(4, 6, kernel_size=3, padding=1)
+        >>> layer(torch.ones(2, 4, 8, 8)).shape
+        torch.Size([2, 6, 8, 8])
+
     Source: Chen et al. 2020, arXiv:1912.03458, sec. 3 and 4.
     """
 
@@ -435,13 +444,31 @@ class DynamicConv2d(ConvLayer, AnnealedTemperature):
         self.set_temperature(self.initial_temperature)
 
     def attention(self, input: Tensor) -> Tensor:
-        """Logits over the kernels, divided by the temperature: (N, C, H, W) -> (N, K)."""
+        """Logits over the kernels, divided by the temperature; their softmax are the mixing weights.
+
+        Args:
+            input: (N, C, H, W).
+
+        Returns:
+            (N, K).
+        """
         logits = self.fc2(torch.relu(self.fc1(input.mean((2, 3)))))
         # The buffer stays a tensor: reading it as a number would wait for a GPU, and break a compiled graph.
         return logits / self.temperature
 
     def forward(self, input: Tensor) -> Tensor:
-        """input (N, C, H, W) -> (N, O, Ho, Wo)."""
+        """Convolves.
+
+        Args:
+            input: (N, C, H, W).
+
+        Returns:
+            (N, O, Ho, Wo).
+
+        Raises:
+            RuntimeError: the input does not fit.
+            ImportError: the compiled library is missing.
+        """
         return dynamic_conv2d(
             input,
             self.weight,

@@ -125,6 +125,9 @@ def load_dataset(
             largest label in train.txt plus 1.
         download: let torchvision download CIFAR-10 where it is missing.
 
+    Returns:
+        Images uint8 RGB (N, 3, S, S) and labels int64 (N,) of each split, with the classes' names.
+
     Raises:
         DataError: with everything that is wrong with the data, by file and line.
         ValueError: an argument out of range; the text names it.
@@ -187,6 +190,9 @@ def load_list(
         root: what the paths are relative to; default: the folder of the list file.
         num_classes: labels must be below it; None: any label of 0 or more.
         image_size, denoise, normalize, cache_dir, workers, skip_bad_images, progress: as for `load_dataset`.
+
+    Returns:
+        Images uint8 RGB (N, 3, S, S) and labels int64 (N,), in the list's order, with what was left out.
 
     Raises:
         DataError: with everything that is wrong, by line.

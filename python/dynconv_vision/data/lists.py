@@ -41,6 +41,12 @@ def read_list(list_file: Path, root: Path | None = None) -> tuple[list[Record], 
     Args:
         list_file: the file.
         root: what its paths are relative to; default: its folder.
+
+    Returns:
+        Its images in its order, and its malformed lines.
+
+    Raises:
+        OSError: the file cannot be read.
     """
     base = os.path.abspath(root if root is not None else list_file.parent)
     records, problems = [], []
@@ -67,6 +73,9 @@ def check_labels(
         records: what a list file names.
         num_classes: labels are below it.
         reason: where num_classes comes from, for the problems' texts.
+
+    Returns:
+        The records kept, and the problems.
     """
     kept, problems = [], []
     expected = "0 or more" if num_classes is None else f"0..{num_classes - 1}{reason and f' ({reason})'}"
@@ -85,6 +94,12 @@ def list_folder_layout(folder: Path, num_classes: int | None = None) -> Layout:
         folder: has train.txt and perhaps the others.
         num_classes: labels are below it. Default: the number of lines of classes.txt, or else the largest label in
             train.txt plus 1.
+
+    Returns:
+        The dataset as listed; malformed lines, labels out of range, contradictions and missing files are its problems.
+
+    Raises:
+        DataError: num_classes is not given, and the largest label is absurd.
     """
     problems: list[Problem] = []
     lists: dict[str, list[Record]] = {}

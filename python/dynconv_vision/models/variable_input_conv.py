@@ -288,6 +288,9 @@ class VariableInputConv(AnnealedTemperature):
             temperature: Of the softmax.
             channels: Names of the input channels of ``conv``.
 
+        Returns:
+            The module, on the device and of the dtype of ``conv``.
+
         Raises:
             ValueError: If the names do not fit, or the padding is of another kind.
         """
@@ -321,6 +324,9 @@ class VariableInputConv(AnnealedTemperature):
         Args:
             channels: Names of its input channels, in their order; None means all of the table.
             mix: K mixing weights; 1 / K each if None.
+
+        Returns:
+            A convolution that gives what :meth:`convolve` gives with this mixture for all samples.
 
         Raises:
             ValueError: If the names do not fit the table, the mixture has not K weights, or there are groups and the

@@ -86,6 +86,9 @@ _CARD_TYPES = {
 def read_card(path: Path) -> ModelCard:
     """The card in a checkpoint.
 
+    Args:
+        path: A best.ckpt or last.ckpt.
+
     Raises:
         StudyError: See `read_checkpoint` and `ModelCard.from_dict`.
     """
@@ -124,6 +127,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def load_network(path: Path) -> tuple[nn.Module, ModelCard]:
     """The network of a checkpoint, in evaluation mode on the CPU, and its card.
+
+    Args:
+        path: A best.ckpt or last.ckpt.
+
+    Returns:
+        The network, from images (B, 3, S, S) in [0, 1] to logits (B, num_classes), and the card.
 
     Raises:
         StudyError: See `read_checkpoint`; or the network is unknown here, or the weights do not fit it.
