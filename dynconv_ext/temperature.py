@@ -31,7 +31,7 @@ class AnnealedTemperature(nn.Module):
         >>> attention.temperature
         tensor(16.)
 
-    Source: Chen et al. 2020, arXiv:1912.03458, sec. 3.3.
+    Source: Chen et al. 2020, arXiv:1912.03458: near-uniform attention in early epochs.
     """
 
     temperature: Tensor
