@@ -14,6 +14,7 @@ import torchvision
 from torch import Tensor, nn
 
 from dynconv_ext import deform_conv2d, reference
+from timed import DIRECTIONS, DTYPES
 
 # batch, channels, size, output channels; kernel 3, padding 1, mask, one offset group
 CASES = {
@@ -22,7 +23,6 @@ CASES = {
     "4x256x28x28-256": (4, 256, 28, 256),
     "2x128x56x56-128": (2, 128, 56, 128),
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # The reference holds all columns: it is timed on the smallest case only.
 IMPLS = [
     "ours",
@@ -51,28 +51,6 @@ def tensors(case: str, dtype: torch.dtype, channels_last: bool) -> list[Tensor]:
         x, weight, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight, grad))
     offset, mask = normal(batch, 18, size, size), torch.rand(batch, 9, size, size, generator=random)
     return [x, offset, weight, normal(out_channels).to(dtype), mask, grad]
-
-
-def forward(function: Callable[..., Tensor], values: list[Tensor]) -> Callable[[], Any]:
-    x, offset, weight, bias, mask, _ = values
-
-    def run() -> Tensor:
-        with torch.no_grad():
-            return function(x, offset, weight, bias, mask)
-
-    return run
-
-
-def forward_backward(function: Callable[..., Tensor], values: list[Tensor]) -> Callable[[], Any]:
-    *inputs, grad = values
-    leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in inputs]
-
-    def run() -> None:
-        for t in leaves:
-            t.grad = None
-        function(*leaves).backward(grad)
-
-    return run
 
 
 def onnx_session(values: list[Tensor]) -> Callable[[], Any]:
@@ -112,7 +90,7 @@ def slow(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) 
 
 
 def contenders(case: str, dtype: torch.dtype, direction: str) -> dict[str, Callable[[], Any]]:
-    make = forward if direction == "forward" else forward_backward
+    make = DIRECTIONS[direction]
     values, last = tensors(case, dtype, False), tensors(case, dtype, True)
     found = {
         "ours": make(ours, values),
@@ -133,7 +111,7 @@ def contenders(case: str, dtype: torch.dtype, direction: str) -> dict[str, Calla
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("case", CASES)
 def test_deform_conv2d(race, case, direction, dtype, impl):
     race(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dynconv_ext import dynamic_conv2d, reference
+from timed import DIRECTIONS, DTYPES
 
 # batch, channels, size, output channels; kernel 3, padding 1, 4 kernels, softmax
 CASES = {
@@ -20,7 +21,6 @@ CASES = {
     "16x256x8x8-256": (16, 256, 8, 256),
     "16x512x4x4-512": (16, 512, 4, 512),
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 KERNELS, TEMPERATURE = 4, 30.0
 IMPLS = [
     "ours",
@@ -56,26 +56,6 @@ def static(values: list[Tensor]) -> list[Tensor]:
     return [x, kernel, bias[0], grad]
 
 
-def forward(function: Callable[..., Tensor], values: list[Tensor]) -> Callable[[], Any]:
-    def run() -> Tensor:
-        with torch.no_grad():
-            return function(*values[:-1])
-
-    return run
-
-
-def forward_backward(function: Callable[..., Tensor], values: list[Tensor]) -> Callable[[], Any]:
-    *inputs, grad = values
-    leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in inputs]
-
-    def run() -> None:
-        for t in leaves:
-            t.grad = None
-        function(*leaves).backward(grad)
-
-    return run
-
-
 def ours(x: Tensor, weight: Tensor, attention: Tensor, bias: Tensor) -> Tensor:
     return dynamic_conv2d(x, weight, attention, bias, padding=1, temperature=TEMPERATURE)
 
@@ -101,7 +81,7 @@ def grouped(x: Tensor, weight: Tensor, attention: Tensor, bias: Tensor) -> Tenso
 
 
 def contenders(case: str, dtype: torch.dtype, direction: str) -> dict[str, Callable[[], Any]]:
-    make = forward if direction == "forward" else forward_backward
+    make = DIRECTIONS[direction]
     values, last = tensors(case, dtype, False), tensors(case, dtype, True)
     found = {
         "ours": make(ours, values),
@@ -119,7 +99,7 @@ def contenders(case: str, dtype: torch.dtype, direction: str) -> dict[str, Calla
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("case", CASES)
 def test_dynamic_conv2d(race, case, direction, dtype, impl):
     race(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the operators' Python faces share: pairs, layouts, casting under autocast, double backward."""
+"""What the operators' Python faces share: pairs, sizes, layouts, gradients, autocast, double backward."""
 
 from __future__ import annotations
 
@@ -12,22 +12,32 @@ from torch import Tensor
 from dynconv_ext import _extension
 
 
+def is_whole(value: Any) -> bool:
+    """Whether an argument is a whole number, symbolic ones included; a bool is none."""
+    return isinstance(value, torch.SymInt) or hasattr(value, "__index__") and not isinstance(value, bool | Tensor)
+
+
 def pair(name: str, value: int | Sequence[int]) -> list[int]:
     """(height, width) of an argument given as one number or two.
 
     Raises:
         TypeError: value is neither; names the argument.
     """
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        if len(value) == 2:
-            return [value[0], value[1]]
-        if len(value) == 1:
-            return [value[0], value[0]]
-    elif not isinstance(value, str | float | bool | Tensor) and hasattr(value, "__index__") | isinstance(
-        value, torch.SymInt
-    ):
-        return [value, value]
+    values = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    if len(values) in (1, 2) and all(is_whole(each) for each in values):
+        return [values[0], values[-1]]
     raise TypeError(f"{name}: got {value!r}, expected an int or a pair of ints (height, width)")
+
+
+def number(name: str, value: Any, expected: str = "a number") -> float:
+    """A real number as a float.
+
+    Raises:
+        TypeError: value is none; names the argument and says what was expected.
+    """
+    if isinstance(value, bool | str | Tensor) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name}: got {value!r}, expected {expected}")
+    return float(value)
 
 
 def check_tensor(name: str, value: Any, optional: bool = False) -> None:
@@ -57,6 +67,31 @@ def empty_like_layout(like: Tensor, shape: Sequence[Any]) -> Tensor:
     """An output of like's dtype, device and layout (contiguous or channels_last)."""
     layout = torch.channels_last if is_channels_last(like) else torch.contiguous_format
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+def output_size(
+    input: Tensor, kernel: Sequence[Any], stride: Sequence[Any], padding: Sequence[Any], dilation: Sequence[Any]
+) -> tuple[Any, Any]:
+    """(Ho, Wo) of a convolution of input (N, C, H, W); sizes may be symbolic."""
+    height, width = (
+        (input.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
+    )
+    return height, width
+
+
+def empty_if(wanted: bool, like: Tensor, shape: Sequence[Any]) -> Tensor:
+    """An output of like's dtype and device: of the given shape, or of no elements where it is not wanted."""
+    return like.new_empty(tuple(shape) if wanted else (0,))
+
+
+def empty_input_gradient(wanted: bool, input: Tensor) -> Tensor:
+    """A fake backward's gradient of the operator's input, which has the input's layout."""
+    return empty_like_layout(input, input.shape) if wanted else input.new_empty((0,))
+
+
+def only_wanted(grads: Sequence[Tensor | None], output_mask: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients with None in place of those that were not wanted."""
+    return [g if wanted else None for g, wanted in zip(grads, output_mask, strict=True)]
 
 
 @torch.compiler.assume_constant_result

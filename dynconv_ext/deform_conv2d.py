@@ -11,12 +11,18 @@ from torch import Tensor, nn
 from torch.nn import init
 
 from dynconv_ext import _extension
+from dynconv_ext._layer import ConvLayer
 from dynconv_ext._registration import (
+    allow_tf32,
     check_same_device,
     check_tensor,
     double_backward,
-    allow_tf32,
+    empty_if,
+    empty_input_gradient,
     empty_like_layout,
+    is_whole,
+    only_wanted,
+    output_size,
     pair,
     register_autocast,
     register_operator,
@@ -28,27 +34,19 @@ from dynconv_ext.reference.deform_conv2d import deform_conv2d as reference_defor
 
 def _fake(input, offset, weight, bias, stride, padding, dilation, mask, allow_tf32=False):
     check_same_device(input, offset=offset, weight=weight, bias=bias, mask=mask)
-    sizes = [
-        (input.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
-        for i in (0, 1)
-    ]
+    sizes = output_size(input, weight.shape[2:], stride, padding, dilation)
     return empty_like_layout(input, (input.shape[0], weight.shape[0], *sizes))
 
 
 def _fake_backward(
     grad_out, input, offset, weight, stride, padding, dilation, mask, output_mask, allow_tf32=False, deterministic=False
 ):
-    def empty(wanted: bool, like: Tensor, shape: Any) -> Tensor:
-        return like.new_empty(tuple(shape) if wanted else (0,))
-
     return (
-        empty_like_layout(input, input.shape) if output_mask[0] else input.new_empty((0,)),
-        empty(output_mask[1], offset, offset.shape),
-        empty(output_mask[2], weight, weight.shape),
-        empty(output_mask[3], weight, weight.shape[:1]),
-        empty(
-            output_mask[4] and mask is not None, offset if mask is None else mask, () if mask is None else mask.shape
-        ),
+        empty_input_gradient(output_mask[0], input),
+        empty_if(output_mask[1], offset, offset.shape),
+        empty_if(output_mask[2], weight, weight.shape),
+        empty_if(output_mask[3], weight, weight.shape[:1]),
+        offset.new_empty((0,)) if mask is None else empty_if(output_mask[4], mask, mask.shape),
     )
 
 
@@ -85,9 +83,7 @@ class DeformConv2dFunction(torch.autograd.Function):
             ctx.allow_tf32,
             torch.are_deterministic_algorithms_enabled(),
         )
-        grad_input, grad_offset, grad_weight, grad_bias, grad_mask = (
-            g if wanted else None for g, wanted in zip(grads, ctx.output_mask, strict=True)
-        )
+        grad_input, grad_offset, grad_weight, grad_bias, grad_mask = only_wanted(grads, ctx.output_mask)
         return (
             grad_input,
             grad_offset,
@@ -125,9 +121,8 @@ class DeformConv2dBackwardFunction(torch.autograd.Function):
             return reference_deform_conv2d(input, offset, weight, bias, *ctx.geometry, mask)
 
         bias = weight.new_zeros(weight.shape[0])
-        used = [g if wanted else None for g, wanted in zip(grads, ctx.output_mask, strict=True)]
         (grad_input, grad_offset, grad_weight, _, grad_mask), grad_grad_out = double_backward(
-            formula, [input, offset, weight, bias, mask], grad_out, used
+            formula, [input, offset, weight, bias, mask], grad_out, only_wanted(grads, ctx.output_mask)
         )
         return (
             grad_grad_out,
@@ -242,15 +237,7 @@ def deform_conv2d(
 # ----------------------------------------------------------------------------------------------------------- modules
 
 
-def _check_layer(in_channels: int, out_channels: int, groups: int, offset_groups: int) -> None:
-    for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
-        if value < 1 or value % groups != 0:
-            raise ValueError(f"{name}: got {value}, expected a positive multiple of groups = {groups}")
-    if offset_groups < 1 or in_channels % offset_groups != 0:
-        raise ValueError(f"offset_groups: got {offset_groups}, expected a divisor of in_channels = {in_channels}")
-
-
-class DeformConv2d(nn.Module):
+class DeformConv2d(ConvLayer):
     """Deformable convolution with offset (and mask) given to forward; torchvision.ops.DeformConv2d's constructor.
 
     Args:
@@ -264,6 +251,17 @@ class DeformConv2d(nn.Module):
     Attributes:
         weight: (O, C / groups, kH, kW).
         bias: (O,) or None.
+
+    Raises:
+        ValueError: a number is out of range, or in_channels or out_channels no multiple of groups; names it.
+        TypeError: kernel_size, stride, padding or dilation is no int or pair of ints.
+
+    Example:
+        >>> layer = DeformConv2d(4, 6, kernel_size=3, padding=1)
+        >>> layer(torch.ones(1, 4, 8, 8), offset=torch.zeros(1, 18, 8, 8)).shape
+        torch.Size([1, 6, 8, 8])
+
+    Source: Dai et al. 2017, arXiv:1703.06211; Zhu et al. 2019, arXiv:1811.11168.
     """
 
     def __init__(
@@ -279,15 +277,7 @@ class DeformConv2d(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if groups < 1:
-            raise ValueError(f"groups: got {groups}, expected at least 1")
-        _check_layer(in_channels, out_channels, groups, 1)
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size = tuple(pair("kernel_size", kernel_size))
-        self.stride = tuple(pair("stride", stride))
-        self.padding = tuple(pair("padding", padding))
-        self.dilation = tuple(pair("dilation", dilation))
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size, **options))
         self.bias = nn.Parameter(torch.empty(out_channels, **options)) if bias else None
@@ -301,23 +291,32 @@ class DeformConv2d(nn.Module):
             init.uniform_(self.bias, -bound, bound)
 
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
-        """input (N, C, H, W), offset (N, 2*D*kH*kW, Ho, Wo), mask (N, D*kH*kW, Ho, Wo) -> (N, O, Ho, Wo)."""
+        """Convolves; the shapes decide D, the number of offset groups.
+
+        Args:
+            input: (N, C, H, W).
+            offset: (N, 2 * D * kH * kW, Ho, Wo), in input pixels; channels as in :func:`deform_conv2d`.
+            mask: (N, D * kH * kW, Ho, Wo), any real values; None means 1.
+
+        Returns:
+            (N, O, Ho, Wo).
+
+        Raises:
+            RuntimeError, TypeError, ImportError: as :func:`deform_conv2d` does.
+        """
         return deform_conv2d(input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask=mask)
 
     def extra_repr(self) -> str:
-        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
-        text += f", padding={self.padding}" if self.padding != (0, 0) else ""
-        text += f", dilation={self.dilation}" if self.dilation != (1, 1) else ""
-        text += f", groups={self.groups}" if self.groups != 1 else ""
-        return text + (", bias=False" if self.bias is None else "")
+        """The settings, for ``repr``."""
+        return super().extra_repr() + (", bias=False" if self.bias is None else "")
 
 
-class DeformableConv2d(nn.Module):
+class DeformableConv2d(ConvLayer):
     """Deformable convolution that predicts its own offset and mask, as in the source report.
 
     ``mask = 2 * sigmoid(modulator_conv(x))``, ``offset = offset_conv(x)``, both convolutions zero-initialised, so that
     the layer starts as an ordinary convolution. They run as one convolution. The state_dict keys are the report's:
-    ``offset_conv``, ``modulator_conv`` and ``regular_conv``, each with ``weight`` and ``bias``.
+    ``offset_conv``, ``modulator_conv`` and ``regular_conv``, each with ``weight`` and ``bias``. Drop-in for nn.Conv2d.
 
     Args:
         in_channels: C.
@@ -328,7 +327,23 @@ class DeformableConv2d(nn.Module):
         bias: whether ``regular_conv`` has a bias; the predictions always have one.
         device, dtype: of the parameters.
 
-    Source: Zhu et al. 2019, arXiv:1811.11168.
+    Attributes:
+        offset_conv: nn.Conv2d, C -> 2 * D * kH * kW channels.
+        modulator_conv: nn.Conv2d, C -> D * kH * kW channels.
+        regular_conv: nn.Conv2d that holds weight (O, C / groups, kH, kW) and bias (O,) of the convolution itself.
+
+    Raises:
+        ValueError: a number is out of range, in_channels or out_channels no multiple of groups, or offset_groups no
+            divisor of in_channels; names it.
+        TypeError: kernel_size, stride, padding or dilation is no int or pair of ints.
+
+    Example:
+        >>> layer, x = DeformableConv2d(4, 6, kernel_size=3, padding=1), torch.ones(1, 4, 8, 8)
+        >>> torch.allclose(layer(x), layer.regular_conv(x), atol=1e-5)  # before any training
+        True
+
+    Source: Zhu et al. 2019, arXiv:1811.11168, whose offsets and masks are predicted and start likewise; the factor 2,
+    so that masks start at 1, is the source report's.
     """
 
     def __init__(
@@ -345,24 +360,23 @@ class DeformableConv2d(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if groups < 1:
-            raise ValueError(f"groups: got {groups}, expected at least 1")
-        _check_layer(in_channels, out_channels, groups, offset_groups)
-        geometry: dict[str, Any] = {
-            "kernel_size": tuple(pair("kernel_size", kernel_size)),
-            "stride": tuple(pair("stride", stride)),
-            "padding": tuple(pair("padding", padding)),
-            "dilation": tuple(pair("dilation", dilation)),
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        if not is_whole(offset_groups) or offset_groups < 1 or in_channels % offset_groups != 0:
+            raise ValueError(f"offset_groups: got {offset_groups!r}, expected a divisor of in_channels = {in_channels}")
+        options: dict[str, Any] = {
+            "kernel_size": self.kernel_size,
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
             "device": device,
             "dtype": dtype,
         }
-        taps = math.prod(geometry["kernel_size"])
+        taps = math.prod(self.kernel_size)
         self.offset_groups = offset_groups
-        self.offset_conv = nn.Conv2d(in_channels, 2 * offset_groups * taps, **geometry)
-        self.modulator_conv = nn.Conv2d(in_channels, offset_groups * taps, **geometry)
+        self.offset_conv = nn.Conv2d(in_channels, 2 * offset_groups * taps, **options)
+        self.modulator_conv = nn.Conv2d(in_channels, offset_groups * taps, **options)
         # Holds the weight and the bias of the deformable convolution; never called as a convolution.
-        self.regular_conv = nn.Conv2d(in_channels, out_channels, groups=groups, bias=bias, **geometry)
+        self.regular_conv = nn.Conv2d(in_channels, out_channels, groups=groups, bias=bias, **options)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -373,7 +387,14 @@ class DeformableConv2d(nn.Module):
         self.regular_conv.reset_parameters()
 
     def predict(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """Offset (N, 2*D*kH*kW, Ho, Wo) in pixels, and mask (N, D*kH*kW, Ho, Wo) in (0, 2), for an input."""
+        """What the layer convolves an input with.
+
+        Args:
+            input: (N, C, H, W).
+
+        Returns:
+            Offset (N, 2 * D * kH * kW, Ho, Wo) in input pixels, and mask (N, D * kH * kW, Ho, Wo) in 0..2.
+        """
         conv = self.offset_conv
         weight = torch.cat([conv.weight, self.modulator_conv.weight])
         bias = torch.cat([conv.bias, self.modulator_conv.bias])
@@ -382,10 +403,22 @@ class DeformableConv2d(nn.Module):
         return offset, 2 * logits.sigmoid()
 
     def forward(self, input: Tensor) -> Tensor:
-        """input (N, C, H, W) -> (N, O, Ho, Wo)."""
+        """Convolves.
+
+        Args:
+            input: (N, C, H, W).
+
+        Returns:
+            (N, O, Ho, Wo).
+
+        Raises:
+            RuntimeError: the input does not fit.
+            ImportError: the compiled library is missing.
+        """
         offset, mask = self.predict(input)
         conv = self.regular_conv
         return deform_conv2d(input, offset, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, mask=mask)
 
     def extra_repr(self) -> str:
+        """What ``repr`` doesn't show with the three convolutions."""
         return f"offset_groups={self.offset_groups}"

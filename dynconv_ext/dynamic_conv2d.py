@@ -11,45 +11,45 @@ from torch import Tensor, nn
 from torch.nn import init
 
 from dynconv_ext import _extension
+from dynconv_ext._layer import ConvLayer, at_least_one
 from dynconv_ext._registration import (
     check_same_device,
     check_tensor,
     double_backward,
+    empty_if,
+    empty_input_gradient,
     empty_like_layout,
+    number,
+    only_wanted,
+    output_size,
     pair,
     register_autocast,
     register_operator,
 )
 from dynconv_ext.reference.dynamic_conv2d import aggregate_kernels as reference_aggregate_kernels
 from dynconv_ext.reference.dynamic_conv2d import dynamic_conv2d as reference_dynamic_conv2d
+from dynconv_ext.temperature import AnnealedTemperature
 
 # ------------------------------------------------------------------------------------------------------ fake kernels
-
-
-def _gradient(wanted: bool, like: Tensor, shape: Any) -> Tensor:
-    return like.new_empty(tuple(shape) if wanted else (0,))
 
 
 def _fake_aggregate(weight, attention, bias, temperature):
     check_same_device(weight, "weight", attention=attention, bias=bias)
     kernels = weight.new_empty((attention.shape[0], *weight.shape[1:]))
-    return kernels, _gradient(bias is not None, weight, (attention.shape[0], weight.shape[1]))
+    return kernels, empty_if(bias is not None, weight, (attention.shape[0], weight.shape[1]))
 
 
 def _fake_aggregate_backward(grad_kernels, grad_biases, weight, attention, bias, temperature, output_mask):
     return (
-        _gradient(output_mask[0], weight, weight.shape),
-        _gradient(output_mask[1], attention, attention.shape),
-        _gradient(output_mask[2] and bias is not None, weight, weight.shape[:2]),
+        empty_if(output_mask[0], weight, weight.shape),
+        empty_if(output_mask[1], attention, attention.shape),
+        empty_if(output_mask[2] and bias is not None, weight, weight.shape[:2]),
     )
 
 
 def _fake(input, weight, attention, bias, stride, padding, dilation, groups, temperature):
     check_same_device(input, weight=weight, attention=attention, bias=bias)
-    sizes = [
-        (input.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[3 + i] - 1) - 1) // stride[i] + 1
-        for i in (0, 1)
-    ]
+    sizes = output_size(input, weight.shape[3:], stride, padding, dilation)
     return empty_like_layout(input, (input.shape[0], weight.shape[1], *sizes))
 
 
@@ -57,18 +57,14 @@ def _fake_backward(
     grad_out, input, weight, attention, bias, stride, padding, dilation, groups, temperature, output_mask
 ):
     return (
-        empty_like_layout(input, input.shape) if output_mask[0] else input.new_empty((0,)),
-        _gradient(output_mask[1], weight, weight.shape),
-        _gradient(output_mask[2], attention, attention.shape),
-        _gradient(output_mask[3] and bias is not None, weight, weight.shape[:2]),
+        empty_input_gradient(output_mask[0], input),
+        empty_if(output_mask[1], weight, weight.shape),
+        empty_if(output_mask[2], attention, attention.shape),
+        empty_if(output_mask[3] and bias is not None, weight, weight.shape[:2]),
     )
 
 
 # ----------------------------------------------------------------------------------------------------------- autograd
-
-
-def _wanted(grads: tuple[Tensor | None, ...], output_mask: list[bool]) -> list[Tensor | None]:
-    return [g if wanted else None for g, wanted in zip(grads, output_mask, strict=True)]
 
 
 class AggregateKernelsFunction(torch.autograd.Function):
@@ -92,7 +88,7 @@ class AggregateKernelsFunction(torch.autograd.Function):
             grad_kernels, None if bias is None else grad_biases, weight, attention, bias, ctx.temperature,
             ctx.output_mask,
         )  # fmt: skip
-        grad_weight, grad_attention, grad_bias = _wanted(grads, ctx.output_mask)
+        grad_weight, grad_attention, grad_bias = only_wanted(grads, ctx.output_mask)
         return (
             grad_weight,
             grad_attention,
@@ -130,7 +126,7 @@ class AggregateKernelsBackwardFunction(torch.autograd.Function):
             grad_biases = grad_kernels.new_zeros((grad_kernels.shape[0], bias.shape[1]))
         incoming = torch.cat([t.flatten(1) for t in (grad_kernels, grad_biases) if t is not None], dim=1)
         (grad_weight, grad_attention, grad_bias), grad_incoming = double_backward(
-            formula, [weight, attention, bias], incoming, _wanted(grads, ctx.output_mask)
+            formula, [weight, attention, bias], incoming, only_wanted(grads, ctx.output_mask)
         )
         size = grad_kernels[0].numel() if grad_kernels.shape[0] else math.prod(grad_kernels.shape[1:])
         first = None if grad_incoming is None else grad_incoming[:, :size].reshape(grad_kernels.shape)
@@ -169,7 +165,7 @@ class DynamicConv2dFunction(torch.autograd.Function):
         grads = torch.ops.dynconv_ext.dynamic_conv2d_backward(
             grad_out, input, weight, attention, bias, *ctx.geometry, ctx.output_mask
         )
-        grad_input, grad_weight, grad_attention, grad_bias = _wanted(grads, ctx.output_mask)
+        grad_input, grad_weight, grad_attention, grad_bias = only_wanted(grads, ctx.output_mask)
         return (
             grad_input,
             grad_weight,
@@ -207,7 +203,7 @@ class DynamicConv2dBackwardFunction(torch.autograd.Function):
             return reference_dynamic_conv2d(input, weight, attention, bias, *ctx.geometry)
 
         (grad_input, grad_weight, grad_attention, grad_bias), grad_grad_out = double_backward(
-            formula, [input, weight, attention, bias], grad_out, _wanted(grads, ctx.output_mask)
+            formula, [input, weight, attention, bias], grad_out, only_wanted(grads, ctx.output_mask)
         )
         return (
             grad_grad_out,
@@ -251,11 +247,7 @@ if _extension.loaded:
 
 
 def _temperature(value: float | None) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool | str | Tensor) or not hasattr(value, "__float__"):
-        raise TypeError(f"temperature: got {value!r}, expected a number or None")
-    return float(value)
+    return None if value is None else number("temperature", value, "a number or None")
 
 
 def aggregate_kernels(
@@ -374,7 +366,7 @@ def dynamic_conv2d(
 # ------------------------------------------------------------------------------------------------------------ module
 
 
-class DynamicConv2d(nn.Module):
+class DynamicConv2d(ConvLayer, AnnealedTemperature):
     """Dynamic convolution with its attention: squeeze-and-excitation over kernels instead of channels.
 
     ``attention = softmax(fc2(relu(fc1(mean of input over pixels))) / temperature)``. Drop-in for nn.Conv2d.
@@ -399,10 +391,17 @@ class DynamicConv2d(nn.Module):
         fc1, fc2: the attention's layers.
         temperature: buffer, one number.
 
+    Raises:
+        ValueError: a number is out of range, or in_channels or out_channels no multiple of groups; names it.
+        TypeError: kernel_size, stride, padding or dilation is no int or pair of ints, or temperature no number.
+
+    Example:
+        >>> layer = DynamicConv2d(4, 6, kernel_size=3, padding=1)
+        >>> layer(torch.ones(2, 4, 8, 8)).shape
+        torch.Size([2, 6, 8, 8])
+
     Source: Chen et al. 2020, arXiv:1912.03458, sec. 3 and 4.
     """
-
-    temperature: Tensor
 
     def __init__(
         self,
@@ -420,19 +419,9 @@ class DynamicConv2d(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        for name, value in (("groups", groups), ("num_kernels", num_kernels), ("reduction", reduction)):
-            if value < 1:
-                raise ValueError(f"{name}: got {value}, expected at least 1")
-        for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
-            if value < 1 or value % groups != 0:
-                raise ValueError(f"{name}: got {value}, expected a positive multiple of groups = {groups}")
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        at_least_one(num_kernels=num_kernels, reduction=reduction)
         self.num_kernels = num_kernels
-        self.kernel_size = tuple(pair("kernel_size", kernel_size))
-        self.stride = tuple(pair("stride", stride))
-        self.padding = tuple(pair("padding", padding))
-        self.dilation = tuple(pair("dilation", dilation))
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         shape = (num_kernels, out_channels, in_channels // groups, *self.kernel_size)
         self.weight = nn.Parameter(torch.empty(shape, **options))
@@ -440,16 +429,8 @@ class DynamicConv2d(nn.Module):
         hidden = max(4, in_channels // reduction)
         self.fc1 = nn.Linear(in_channels, hidden, **options)
         self.fc2 = nn.Linear(hidden, num_kernels, **options)
-        self.initial_temperature = self._checked(temperature)
-        self.register_buffer("temperature", torch.tensor(self.initial_temperature, **options))
+        self.register_temperature(temperature, **options)
         self.reset_parameters()
-
-    @staticmethod
-    def _checked(temperature: float) -> float:
-        value = _temperature(temperature)
-        if value is None or not 0 < value < math.inf:
-            raise ValueError(f"temperature: got {temperature!r}, expected a finite number > 0")
-        return value
 
     def reset_parameters(self) -> None:
         """Each kernel and its bias like nn.Conv2d's, the attention like nn.Linear's; the temperature to its start."""
@@ -462,35 +443,32 @@ class DynamicConv2d(nn.Module):
         self.fc2.reset_parameters()
         self.set_temperature(self.initial_temperature)
 
-    def set_temperature(self, value: float) -> None:
-        """Sets the softmax temperature, a finite number > 0."""
-        self.temperature.fill_(self._checked(value))
-
-    def anneal(self, progress: float, until: float = 1 / 3) -> None:
-        """Linear schedule: from the initial temperature at progress 0 down to 1 at ``until``, then 1.
+    def attention(self, input: Tensor) -> Tensor:
+        """Logits over the kernels, divided by the temperature; their softmax are the mixing weights.
 
         Args:
-            progress: part of the training done, in 0..1, for instance epoch / epochs.
-            until: part of the training over which the temperature falls.
+            input: (N, C, H, W).
 
-        Raises:
-            ValueError: progress is not in 0..1 or until not in (0, 1].
+        Returns:
+            (N, K).
         """
-        if not 0 <= progress <= 1:
-            raise ValueError(f"progress: got {progress}, expected 0 <= progress <= 1")
-        if not 0 < until <= 1:
-            raise ValueError(f"until: got {until}, expected 0 < until <= 1")
-        rest = max(0.0, 1 - progress / until)
-        self.set_temperature(1 + (self.initial_temperature - 1) * rest)
-
-    def attention(self, input: Tensor) -> Tensor:
-        """Logits over the kernels, divided by the temperature: (N, C, H, W) -> (N, K)."""
         logits = self.fc2(torch.relu(self.fc1(input.mean((2, 3)))))
         # The buffer stays a tensor: reading it as a number would wait for a GPU, and break a compiled graph.
         return logits / self.temperature
 
     def forward(self, input: Tensor) -> Tensor:
-        """input (N, C, H, W) -> (N, O, Ho, Wo)."""
+        """Convolves.
+
+        Args:
+            input: (N, C, H, W).
+
+        Returns:
+            (N, O, Ho, Wo).
+
+        Raises:
+            RuntimeError: the input does not fit.
+            ImportError: the compiled library is missing.
+        """
         return dynamic_conv2d(
             input,
             self.weight,
@@ -504,8 +482,7 @@ class DynamicConv2d(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
-        text += f", padding={self.padding}" if self.padding != (0, 0) else ""
-        text += f", dilation={self.dilation}" if self.dilation != (1, 1) else ""
-        text += f", groups={self.groups}" if self.groups != 1 else ""
-        return text + (", bias=False" if self.bias is None else "") + f", num_kernels={self.num_kernels}"
+        """The settings, for ``repr``."""
+        return (
+            super().extra_repr() + (", bias=False" if self.bias is None else "") + f", num_kernels={self.num_kernels}"
+        )

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dynconv_vision.data import load_list
-from dynconv_vision.training import ModelCard, StudyError, read_checkpoint
+from dynconv_vision.training import StudyError, read_card
 from dynconv_vision.training.config import DEVICES, PRECISIONS
 from dynconv_vision.training.study import measure_checkpoint
 
@@ -37,10 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.batch_size < 1:
             raise StudyError(f"--batch-size: got {options.batch_size}, expected a whole number >= 1")
-        card = ModelCard.from_dict(read_checkpoint(options.checkpoint)["dynconv_vision"])
-        inside = options.data / options.list
+        if not options.data.is_dir():
+            raise StudyError(f"--data: got {str(options.data)!r}, expected a folder that exists")
+        found = [path for path in (options.list, options.data / options.list) if path.is_file()]
+        if not found:
+            raise StudyError(f"--list: no such list file: neither {options.list} nor {options.data / options.list}")
+        card = read_card(options.checkpoint)
         split = load_list(
-            options.list if options.list.exists() or not inside.exists() else inside,
+            found[0],
             root=options.data,
             image_size=card.image_size,
             num_classes=card.num_classes,

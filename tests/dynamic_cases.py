@@ -3,41 +3,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from op_cases import ConvCase
+
 
 @dataclass(frozen=True)
-class DynamicCase:
-    """A geometry of dynamic_conv2d; the name says which path it takes."""
+class DynamicCase(ConvCase):
+    """A geometry of dynamic_conv2d."""
 
-    name: str
     batch: int = 3
-    channels: int = 4
-    size: tuple[int, int] = (7, 6)
     out_channels: int = 8
-    kernel: tuple[int, int] = (3, 3)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (1, 1)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
     num_kernels: int = 4
     temperature: float | None = 2.0
     bias: bool = True
 
-    @property
-    def out_size(self) -> tuple[int, ...]:
-        return tuple(
-            (self.size[i] + 2 * self.padding[i] - self.dilation[i] * (self.kernel[i] - 1) - 1) // self.stride[i] + 1
-            for i in (0, 1)
-        )
+    names = ("input", "weight", "attention", "bias")
 
     @property
     def geometry(self) -> tuple:
         """What follows the tensors in dynamic_conv2d's arguments."""
         return self.stride, self.padding, self.dilation, self.groups, self.temperature
+
+    def call(self, function: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> Tensor:
+        return function(*tensors, *self.geometry)
 
     def tensors(
         self,

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,8 +23,8 @@ TOLERANCE = {
 
 
 @dataclass(frozen=True)
-class DeformCase:
-    """A geometry of deform_conv2d; the name says which path it takes."""
+class ConvCase:
+    """A geometry of an operator; the name says which path it takes."""
 
     name: str
     batch: int = 2
@@ -34,21 +36,48 @@ class DeformCase:
     padding: tuple[int, int] = (1, 1)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
-    offset_groups: int = 1
-    mask: bool = True
-    bias: bool = True
-    spread: float = 2.0  # standard deviation of the offsets, in pixels
+
+    #: Names of what `tensors` gives, in its order.
+    names: ClassVar[tuple[str, ...]]
 
     @property
-    def out_size(self) -> tuple[int, int]:
+    def out_size(self) -> tuple[int, ...]:
         return tuple(
             (self.size[i] + 2 * self.padding[i] - self.dilation[i] * (self.kernel[i] - 1) - 1) // self.stride[i] + 1
             for i in (0, 1)
         )
 
     @property
+    def out_shape(self) -> tuple[int, ...]:
+        return self.batch, self.out_channels, *self.out_size
+
+    def tensors(self, dtype: torch.dtype, channels_last: bool = False) -> list[Tensor | None]:
+        """Random arguments; each requires its gradient."""
+        raise NotImplementedError
+
+    def call(self, function: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> Tensor:
+        """An operator or its reference on this geometry."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class DeformCase(ConvCase):
+    """A geometry of deform_conv2d."""
+
+    offset_groups: int = 1
+    mask: bool = True
+    bias: bool = True
+    spread: float = 2.0  # standard deviation of the offsets, in pixels
+
+    names = ("input", "offset", "weight", "bias", "mask")
+
+    @property
     def geometry(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
         return self.stride, self.padding, self.dilation
+
+    def call(self, function: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> Tensor:
+        input, offset, weight, bias, mask = tensors
+        return function(input, offset, weight, bias, *self.geometry, mask)
 
     def tensors(
         self, dtype: torch.dtype, channels_last: bool = False, offset_dtype: torch.dtype | None = None, seed: int = 0
@@ -101,7 +130,7 @@ DEFORM_CASES = [
 ]
 
 
-def case_id(case: DeformCase) -> str:
+def case_id(case: ConvCase) -> str:
     return case.name
 
 

@@ -226,6 +226,20 @@ def test_nothing_left_is_an_error(tmp_path: Path) -> None:
         load(folder, skip_bad_images=True)
 
 
+def test_empty_training_list_is_not_blamed_on_the_others(tmp_path: Path) -> None:
+    folder = write_list_folder(tmp_path / "set", {"train": 2, "val": 1, "test": 1})
+    (folder / "train.txt").write_text("\n")
+    with pytest.raises(data.DataError) as caught:
+        load(folder)
+    assert [str(problem) for problem in caught.value.problems] == [
+        "train.txt: empty list: expected lines '<path> <label>'"
+    ]
+    (folder / "train.txt").write_text("images/train_0.png,0\n")
+    with pytest.raises(data.DataError, match="expected '<path> <label>' with a whole number") as caught:
+        load(folder)
+    assert [problem.where for problem in caught.value.problems] == ["train.txt:1"]
+
+
 def test_long_lists_of_problems_are_cut(tmp_path: Path) -> None:
     folder = write_list_folder(tmp_path / "set", {"train": 2, "val": 1, "test": 1})
     with open(folder / "train.txt", "a") as file:
@@ -240,8 +254,12 @@ def test_long_lists_of_problems_are_cut(tmp_path: Path) -> None:
 def test_labels_without_classes_file_are_bounded_by_the_training_list(tmp_path: Path) -> None:
     folder = write_list_folder(tmp_path / "set", {"train": 4, "val": 2, "test": 2})
     (folder / "test.txt").write_text("images/test_0.png 2\n")
-    with pytest.raises(data.DataError, match=r"test.txt:1: label out of range: got 2, expected 0..1"):
+    with pytest.raises(data.DataError, match=r"test.txt:1: label out of range: got 2, expected 0..1 \(the largest"):
         load(folder)
+    (folder / "classes.txt").write_text("red\nblue\n")
+    with pytest.raises(data.DataError, match=r"expected 0..1 \(2 classes in classes.txt\)"):
+        load(folder)
+    (folder / "classes.txt").unlink()
     with pytest.warns(UserWarning, match="1 of 3 classes have no training image"):
         assert len(load(folder, num_classes=3).classes) == 3
     (folder / "train.txt").write_text("images/train_0.png 999999999\n")

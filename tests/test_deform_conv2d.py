@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 from __future__ import annotations
 
-import copy
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,36 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import dynconv_ext
+import op_checks
 from dynconv_ext import DeformableConv2d, DeformConv2d, deform_conv2d, reference
 from op_cases import DEFORM_CASES, TOLERANCE, DeformCase, case_id, relative_error
 
-NAMES = ("input", "offset", "weight", "bias", "mask")
 CASES = {case.name: case for case in DEFORM_CASES}
-
-
-def call(function, case: DeformCase, tensors):
-    input, offset, weight, bias, mask = tensors
-    return function(input, offset, weight, bias, *case.geometry, mask)
-
-
-def in_double(tensors):
-    return [None if t is None else t.detach().double().requires_grad_() for t in tensors]
 
 
 def check(case: DeformCase, tensors, tolerance: float) -> None:
     """Output and all gradients against the reference in float64."""
-    expected_tensors = in_double(tensors)
-    out, expected = call(deform_conv2d, case, tensors), call(reference.deform_conv2d, case, expected_tensors)
-    assert out.dtype == tensors[0].dtype
-    assert relative_error(out, expected) <= tolerance
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(out.dtype)
-    out.backward(grad)
-    expected.backward(grad.double())
-    for name, got, wanted in zip(NAMES, tensors, expected_tensors, strict=True):
-        if got is not None:
-            assert got.grad.dtype == got.dtype
-            assert relative_error(got.grad, wanted.grad) <= tolerance, name
+    op_checks.assert_matches_reference(case, deform_conv2d, reference.deform_conv2d, tensors, tolerance)
 
 
 # ------------------------------------------------------------------------------ forward and backward, the reference
@@ -86,12 +64,12 @@ def test_any_geometry_matches_reference(data):
 def test_matches_torchvision(case):
     tensors = case.tensors(torch.float64)
     other = [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
-    out, expected = call(deform_conv2d, case, tensors), call(torchvision.ops.deform_conv2d, case, other)
+    out, expected = case.call(deform_conv2d, tensors), case.call(torchvision.ops.deform_conv2d, other)
     assert relative_error(out, expected) <= TOLERANCE[torch.float64]
     grad = torch.randn_like(out)
     out.backward(grad)
     expected.backward(grad)
-    for name, got, wanted in zip(NAMES, tensors, other, strict=True):
+    for name, got, wanted in zip(case.names, tensors, other, strict=True):
         if got is not None:
             assert relative_error(got.grad, wanted.grad) <= TOLERANCE[torch.float64], name
 
@@ -165,7 +143,7 @@ def test_gradcheck(name):
 
     def function(*values):
         values = iter(values)
-        return call(deform_conv2d, case, [None if t is None else next(values) for t in tensors])
+        return case.call(deform_conv2d, [None if t is None else next(values) for t in tensors])
 
     assert torch.autograd.gradcheck(function, present, fast_mode=False, eps=1e-7, atol=1e-5)
     assert torch.autograd.gradgradcheck(function, present, fast_mode=True, eps=1e-7, atol=1e-4)
@@ -175,7 +153,7 @@ def test_third_derivative_exists():
     case = replace(CASES["small"], batch=1, channels=1, out_channels=1, size=(3, 3))
     input, offset, weight, bias, mask = case.tensors(torch.float64)
     (first,) = torch.autograd.grad(
-        call(deform_conv2d, case, (input, offset, weight, bias, mask)).square().sum(), offset, create_graph=True
+        case.call(deform_conv2d, (input, offset, weight, bias, mask)).square().sum(), offset, create_graph=True
     )
     (second,) = torch.autograd.grad(first.square().sum(), weight, create_graph=True)
     (third,) = torch.autograd.grad(second.square().sum(), mask)
@@ -207,26 +185,11 @@ def test_opcheck(name, channels_last):
 def test_compile(dynamic):
     layer = DeformableConv2d(4, 6, 3, padding=1)
     nn.init.normal_(layer.offset_conv.weight, std=0.1)
-    compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for batch in (2, 3):
-        x = torch.randn(batch, 4, 8, 8)
-        expected, got = layer(x), compiled(x)
-        torch.testing.assert_close(got, expected)
-        layer.zero_grad()
-        compiled.zero_grad()
-        expected.square().sum().backward()
-        got.square().sum().backward()
-        for (name, a), b in zip(layer.named_parameters(), compiled.parameters(), strict=True):
-            torch.testing.assert_close(a.grad, b.grad, msg=name)
+    op_checks.assert_compiles(layer, dynamic)
 
 
 def test_export():
-    layer = DeformableConv2d(3, 4, 3, padding=1).eval()
-    x = torch.randn(2, 3, 8, 8)
-    program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
-    assert any("deform_conv2d" in str(node.target) for node in program.graph.nodes)
-    x = torch.randn(5, 3, 8, 8)
-    torch.testing.assert_close(program.module()(x), layer(x))
+    op_checks.assert_exports(DeformableConv2d(3, 4, 3, padding=1), "deform_conv2d")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -234,12 +197,12 @@ def test_autocast_lowers_input_and_weight_only(dtype):
     case = CASES["small"]
     tensors = case.tensors(torch.float32)
     with torch.autocast("cpu", dtype=dtype):
-        out = call(deform_conv2d, case, tensors)
+        out = case.call(deform_conv2d, tensors)
     assert out.dtype == dtype
     expected = [t.detach() for t in tensors]
     for i in (0, 2, 3):
         expected[i] = expected[i].to(dtype)
-    assert torch.equal(out, call(deform_conv2d, case, expected))
+    assert torch.equal(out, case.call(deform_conv2d, expected))
     out.sum().backward()
     assert all(t.grad.dtype == torch.float32 for t in tensors)
 
@@ -247,108 +210,54 @@ def test_autocast_lowers_input_and_weight_only(dtype):
 def test_autocast_leaves_float64_alone():
     case = CASES["small"]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert call(deform_conv2d, case, case.tensors(torch.float64)).dtype == torch.float64
+        assert case.call(deform_conv2d, case.tensors(torch.float64)).dtype == torch.float64
 
 
 # ---------------------------------------------------------------------------------------- layouts, batches, gradients
 
 
 def test_channels_last_in_channels_last_out():
-    case = CASES["all_different"]
-    tensors = case.tensors(torch.float32, channels_last=True)
-    out = call(deform_conv2d, case, tensors)
-    assert out.is_contiguous(memory_format=torch.channels_last) and not out.is_contiguous()
-    out.sum().backward()
-    assert tensors[0].grad.is_contiguous(memory_format=torch.channels_last)
+    op_checks.assert_keeps_channels_last(CASES["all_different"], deform_conv2d)
 
 
 def test_non_contiguous_arguments():
-    case = CASES["all_different"]
-    tensors = [t.detach() for t in case.tensors(torch.float64)]
-    expected_tensors = [t.clone().requires_grad_() for t in tensors]
-
-    def strided(t):  # the same values, every second element of a larger tensor, last two dimensions swapped in memory
-        if t.dim() == 1:
-            return torch.stack([t, t], dim=1)[:, 0].requires_grad_()
-        big = t.transpose(2, 3).contiguous().repeat_interleave(2, dim=1)[:, ::2]
-        return big.transpose(2, 3).requires_grad_()
-
-    tensors = [strided(t) for t in tensors]
-    assert not any(t.is_contiguous() for t in tensors)
-    out, expected = call(deform_conv2d, case, tensors), call(deform_conv2d, case, expected_tensors)
-    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
-    grad = torch.randn(expected.shape[::-1], dtype=torch.float64).permute(3, 2, 1, 0)
-    out.backward(grad)
-    expected.backward(grad)
-    for name, a, b in zip(NAMES, tensors, expected_tensors, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-10, msg=name)
+    op_checks.assert_takes_any_strides(CASES["all_different"], deform_conv2d)
 
 
 def test_expanded_gradient():
-    case = CASES["small"]
-    a, b = case.tensors(torch.float64), case.tensors(torch.float64)
-    call(deform_conv2d, case, a).sum().backward()  # a gradient of stride 0
-    call(reference.deform_conv2d, case, b).sum().backward()
-    for x, y in zip(a, b, strict=True):
-        torch.testing.assert_close(x.grad, y.grad)
+    op_checks.assert_takes_an_expanded_gradient(CASES["small"], deform_conv2d, reference.deform_conv2d)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_empty_batch(dtype):
     case = replace(CASES["all_different"], batch=0)
     tensors = case.tensors(dtype)
-    out = call(deform_conv2d, case, tensors)
+    out = case.call(deform_conv2d, tensors)
     assert out.shape == (0, case.out_channels, *case.out_size)
     out.sum().backward()
     for t in tensors:
         assert t.grad.shape == t.shape and (t.grad == 0).all()
 
 
-@pytest.mark.parametrize("wanted", range(5), ids=NAMES)
+@pytest.mark.parametrize("wanted", range(5), ids=DeformCase.names)
 def test_only_the_gradient_asked_for(wanted):
     case = CASES["all_different"]
-    tensors = case.tensors(torch.float64)
-    expected = case.tensors(torch.float64)
-    call(reference.deform_conv2d, case, expected).square().sum().backward()
-    for i, t in enumerate(tensors):
-        t.requires_grad_(i == wanted)
-    call(deform_conv2d, case, tensors).square().sum().backward()
-    for i, (t, e) in enumerate(zip(tensors, expected, strict=True)):
-        if i == wanted:
-            torch.testing.assert_close(t.grad, e.grad, rtol=1e-9, atol=1e-9)
-        else:
-            assert t.grad is None
-    input, offset, weight, _, mask = (t.detach() for t in expected)
-    out = call(deform_conv2d, case, [t.detach() for t in expected])
+    op_checks.assert_computes_only_the_gradient(wanted, case, deform_conv2d, reference.deform_conv2d)
+    tensors = [t.detach() for t in case.tensors(torch.float64)]
+    input, offset, weight, _, mask = tensors
     grads = torch.ops.dynconv_ext.deform_conv2d_backward(
-        out, input, offset, weight, *case.geometry, mask, [i == wanted for i in range(5)]
+        case.call(deform_conv2d, tensors), input, offset, weight, *case.geometry, mask, [i == wanted for i in range(5)]
     )
     assert [g.numel() > 0 for g in grads] == [i == wanted for i in range(5)]
 
 
 def test_frozen_everything_has_no_graph():
     case = CASES["small"]
-    assert not call(deform_conv2d, case, [t.detach() for t in case.tensors(torch.float32)]).requires_grad
+    assert not case.call(deform_conv2d, [t.detach() for t in case.tensors(torch.float32)]).requires_grad
 
 
 def test_same_result_for_any_number_of_threads_and_runs():
-    case = CASES["one_image_shared_by_threads"]
-    results = []
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3, 2):
-            torch.set_num_threads(count)
-            tensors = case.tensors(torch.float32)
-            out = call(deform_conv2d, case, tensors)
-            out.square().sum().backward()
-            results.append([out.detach(), *(t.grad for t in tensors)])
-    finally:
-        torch.set_num_threads(threads)
-    for a, b in zip(results[1], results[3], strict=True):
-        assert torch.equal(a, b)  # the same number of threads: the same bits
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert relative_error(a, b) <= TOLERANCE[torch.float32]
+    op_checks.assert_gives_the_same_for_any_threads(CASES["one_image_shared_by_threads"], deform_conv2d)
 
 
 def test_more_than_2_to_31_elements():
@@ -371,20 +280,7 @@ def test_more_than_2_to_31_elements():
 
 @pytest.mark.parametrize("level", ["baseline", "avx2"])
 def test_other_cpu_levels(level):
-    code = """
-import sys, torch
-import test_deform_conv2d as t
-import dynconv_ext
-assert dynconv_ext.build_info()["cpu_level"] == sys.argv[1]
-for case in t.DEFORM_CASES:
-    for dtype, tolerance in t.TOLERANCE.items():
-        t.check(case, case.tensors(dtype), tolerance)
-"""
-    order = ["baseline", "avx2", "avx512"]
-    if order.index(dynconv_ext.build_info()["cpu_level"]) < order.index(level):
-        pytest.skip(f"this CPU lacks {level}")
-    environment = {**os.environ, "DYNCONV_CPU_LEVEL": level, "PYTHONPATH": os.path.dirname(__file__)}
-    subprocess.run([sys.executable, "-c", code, level], env=environment, check=True, timeout=300)
+    op_checks.assert_passes_at_cpu_level(level, "test_deform_conv2d")
 
 
 # ------------------------------------------------------------------------------------------------------------ errors
@@ -429,6 +325,7 @@ def arguments(**changes):
         ({"stride": 0}, RuntimeError, r"stride: got \(0, 0\), expected values >= 1"),
         ({"stride": "2"}, TypeError, "stride: got '2', expected an int or a pair"),
         ({"padding": (1, 2, 3)}, TypeError, r"padding: got \(1, 2, 3\), expected an int or a pair"),
+        ({"padding": ("1", 1)}, TypeError, r"padding: got \('1', 1\), expected an int or a pair"),
         ({"padding": -1}, RuntimeError, r"padding: got \(-1, -1\), expected values >= 0"),
         ({"dilation": (1, 0)}, RuntimeError, r"dilation: got \(1, 0\), expected values >= 1"),
         ({"dilation": 9}, RuntimeError, "input: got size 6 x 5, which gives an output of 0 x 0"),
@@ -503,6 +400,12 @@ def test_deformable_module_predicts_as_two_convolutions():
         ({"out_channels": 0}, "out_channels: got 0"),
         ({"offset_groups": 3}, "offset_groups: got 3, expected a divisor of in_channels = 4"),
         ({"groups": 0}, "groups: got 0"),
+        ({"groups": "2"}, "groups: got '2', expected at least 1, a whole number"),
+        ({"in_channels": 4.0}, "in_channels: got 4.0, expected a positive multiple"),
+        ({"kernel_size": 0}, r"kernel_size: got \(0, 0\), expected values >= 1"),
+        ({"stride": (1, 0)}, r"stride: got \(1, 0\), expected values >= 1"),
+        ({"padding": -1}, r"padding: got \(-1, -1\), expected values >= 0"),
+        ({"dilation": 0}, r"dilation: got \(0, 0\), expected values >= 1"),
     ],
 )
 def test_module_errors(arguments, text):

@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 from __future__ import annotations
 
-import copy
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -13,45 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import dynconv_ext
+import op_checks
 from dynamic_cases import DYNAMIC_CASES, DynamicCase
 from dynconv_ext import DynamicConv2d, aggregate_kernels, dynamic_conv2d, reference
 from op_cases import TOLERANCE, case_id, relative_error
+from op_checks import in_double, random_like
 
-NAMES = ("input", "weight", "attention", "bias")
 CASES = {case.name: case for case in DYNAMIC_CASES}
 OPS = torch.ops.dynconv_ext
 
 
-def call(function, case: DynamicCase, tensors):
-    return function(*tensors, *case.geometry)
-
-
-def in_double(tensors):
-    return [None if t is None else t.detach().double().requires_grad_() for t in tensors]
-
-
-def random_like(t, seed=7):
-    return torch.randn(t.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(t.dtype)
-
-
 def check(case: DynamicCase, tensors, tolerance: float) -> None:
     """Output and all gradients against the reference in float64."""
-    expected_tensors = in_double(tensors)
-    out, expected = call(dynamic_conv2d, case, tensors), call(reference.dynamic_conv2d, case, expected_tensors)
-    assert out.dtype == tensors[0].dtype and out.shape == (case.batch, case.out_channels, *case.out_size)
-    assert relative_error(out, expected) <= tolerance
-    grad = random_like(out)
-    out.backward(grad)
-    expected.backward(grad.double())
-    for name, got, wanted in zip(NAMES, tensors, expected_tensors, strict=True):
-        if got is not None:
-            assert got.grad.dtype == got.dtype
-            # One kernel under a softmax has the weight 1 whatever its logit: the expected gradient is rounding noise.
-            if name == "attention" and case.num_kernels == 1 and case.temperature:
-                assert (got.grad == 0).all()
-            else:
-                assert relative_error(got.grad, wanted.grad) <= tolerance, name
+    # One kernel under a softmax has the weight 1 whatever its logit: the reference's gradient is rounding noise.
+    zero = ("attention",) if case.num_kernels == 1 and case.temperature else ()
+    op_checks.assert_matches_reference(case, dynamic_conv2d, reference.dynamic_conv2d, tensors, tolerance, zero)
 
 
 # ------------------------------------------------------------------------------ forward and backward, the reference
@@ -133,7 +105,7 @@ def test_aggregated_kernels_are_those_of_the_convolution():
     case = CASES["several_chunks_of_channels"]
     input, weight, attention, bias = (t.detach() for t in case.tensors(torch.float64))
     kernels, biases = aggregate_kernels(weight, attention, bias, case.temperature)
-    out = call(dynamic_conv2d, case, (input, weight, attention, bias))
+    out = case.call(dynamic_conv2d, (input, weight, attention, bias))
     for n in range(case.batch):
         expected = nn.functional.conv2d(input[n : n + 1], kernels[n], biases[n], padding=case.padding)
         assert relative_error(out[n : n + 1], expected) <= TOLERANCE[torch.float64]
@@ -144,14 +116,14 @@ def test_gradient_identities(case):
     case = replace(case, temperature=None)
     tensors = case.tensors(torch.float64)
     input, weight, attention, _ = tensors
-    out = call(dynamic_conv2d, case, tensors)
+    out = case.call(dynamic_conv2d, tensors)
     grad = random_like(out)
     out.backward(grad)
     # The output is linear in the mixing weights.
     torch.testing.assert_close((attention * attention.grad).sum(1), (grad * out).flatten(1).sum(1))
     tensors = replace(case, bias=False).tensors(torch.float64)
     input, weight, _, _ = tensors
-    call(dynamic_conv2d, case, tensors).backward(grad)
+    case.call(dynamic_conv2d, tensors).backward(grad)
     # Without a bias it is linear in the bank and in the input.
     torch.testing.assert_close((weight * weight.grad).sum(), (input * input.grad).sum())
 
@@ -166,7 +138,7 @@ def test_tiles_and_samples_agree(case, dtype, channels_last, monkeypatch):
         tensors = case.tensors(dtype, channels_last)
         if path == "samples":
             check(case, tensors, TOLERANCE[dtype])
-        out = call(dynamic_conv2d, case, tensors)
+        out = case.call(dynamic_conv2d, tensors)
         grads = torch.autograd.grad(out, tensors[:2], random_like(out))
         results[path] = [out, *grads]
     for a, b in zip(*results.values(), strict=True):
@@ -177,7 +149,7 @@ def test_unknown_path_is_an_error(monkeypatch):
     monkeypatch.setenv("DYNCONV_DYNAMIC_CONV2D", "quick")
     case = CASES["small"]
     with pytest.raises(RuntimeError, match="DYNCONV_DYNAMIC_CONV2D: got quick, expected tiles or samples"):
-        call(dynamic_conv2d, case, case.tensors(torch.float32))
+        case.call(dynamic_conv2d, case.tensors(torch.float32))
 
 
 def test_softmax_of_large_logits():
@@ -201,7 +173,7 @@ def test_gradcheck(case):
     tensors = case.tensors(torch.float64)
 
     def function(*values):
-        return call(dynamic_conv2d, case, [*values, *[None] * (4 - len(values))])
+        return case.call(dynamic_conv2d, [*values, *[None] * (4 - len(values))])
 
     tensors = [t for t in tensors if t is not None]
     assert torch.autograd.gradcheck(function, tensors)
@@ -224,11 +196,11 @@ def test_aggregate_gradcheck(bias):
 
 def test_third_derivative_exists():
     tensors = TINY[0].tensors(torch.float64)
-    out = call(dynamic_conv2d, TINY[0], tensors)
+    out = TINY[0].call(dynamic_conv2d, tensors)
     for _ in range(3):
         (out,) = torch.autograd.grad(out.pow(2).sum(), tensors[2], create_graph=True)
     expected_tensors = TINY[0].tensors(torch.float64)
-    expected = call(reference.dynamic_conv2d, TINY[0], expected_tensors)
+    expected = TINY[0].call(reference.dynamic_conv2d, expected_tensors)
     for _ in range(3):
         (expected,) = torch.autograd.grad(expected.pow(2).sum(), expected_tensors[2], create_graph=True)
     torch.testing.assert_close(out, expected)
@@ -262,30 +234,16 @@ def test_opcheck_aggregate(bias):
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compile(dynamic):
     layer = DynamicConv2d(4, 6, 3, padding=1)
-    compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for batch in (2, 3):
-        x = torch.randn(batch, 4, 8, 8)
-        expected, got = layer(x), compiled(x)
-        torch.testing.assert_close(got, expected)
-        layer.zero_grad()
-        compiled.zero_grad()
-        expected.square().sum().backward()
-        got.square().sum().backward()
-        for (name, a), b in zip(layer.named_parameters(), compiled.parameters(), strict=True):
-            torch.testing.assert_close(a.grad, b.grad, msg=name)
+    compiled = op_checks.assert_compiles(layer, dynamic)
     # The temperature is a tensor of the graph, not a constant in it.
     for module in (layer, compiled):
         module.set_temperature(0.1)
+    x = torch.randn(3, 4, 8, 8)
     torch.testing.assert_close(compiled(x), layer(x))
 
 
 def test_export():
-    layer = DynamicConv2d(3, 4, 3, padding=1).eval()
-    x = torch.randn(2, 3, 8, 8)
-    program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
-    assert any("dynamic_conv2d" in str(node.target) for node in program.graph.nodes)
-    x = torch.randn(5, 3, 8, 8)
-    torch.testing.assert_close(program.module()(x), layer(x))
+    op_checks.assert_exports(DynamicConv2d(3, 4, 3, padding=1), "dynamic_conv2d")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -293,11 +251,11 @@ def test_autocast_leaves_attention_alone(dtype):
     case = CASES["small"]
     tensors = case.tensors(torch.float32)
     with torch.autocast("cpu", dtype=dtype):
-        out = call(dynamic_conv2d, case, tensors)
+        out = case.call(dynamic_conv2d, tensors)
         kernels, biases = aggregate_kernels(*tensors[1:], temperature=2.0)
     assert out.dtype == kernels.dtype == biases.dtype == dtype
     expected = [t.detach() if i == 2 else t.detach().to(dtype) for i, t in enumerate(tensors)]
-    assert torch.equal(out, call(dynamic_conv2d, case, expected))
+    assert torch.equal(out, case.call(dynamic_conv2d, expected))
     assert torch.equal(kernels, aggregate_kernels(*expected[1:], temperature=2.0)[0])
     out.sum().backward()
     assert all(t.grad.dtype == torch.float32 for t in tensors)
@@ -306,7 +264,7 @@ def test_autocast_leaves_attention_alone(dtype):
 def test_autocast_leaves_float64_alone():
     case = CASES["small"]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert call(dynamic_conv2d, case, case.tensors(torch.float64)).dtype == torch.float64
+        assert case.call(dynamic_conv2d, case.tensors(torch.float64)).dtype == torch.float64
 
 
 # ---------------------------------------------------------------------------------------- layouts, batches, gradients
@@ -315,48 +273,22 @@ def test_autocast_leaves_float64_alone():
 @pytest.mark.parametrize("path", ["tiles", "samples"])
 def test_channels_last_in_channels_last_out(path, monkeypatch):
     monkeypatch.setenv("DYNCONV_DYNAMIC_CONV2D", path)
-    case = CASES["all_different"]
-    tensors = case.tensors(torch.float32, channels_last=True)
-    out = call(dynamic_conv2d, case, tensors)
-    assert out.is_contiguous(memory_format=torch.channels_last) and not out.is_contiguous()
-    out.sum().backward()
-    assert tensors[0].grad.is_contiguous(memory_format=torch.channels_last)
+    op_checks.assert_keeps_channels_last(CASES["all_different"], dynamic_conv2d)
 
 
 def test_non_contiguous_arguments():
-    case = CASES["all_different"]
-    tensors = [t.detach() for t in case.tensors(torch.float64)]
-    expected_tensors = [t.clone().requires_grad_() for t in tensors]
-
-    def strided(t):  # the same values, every second element of a larger tensor, last two dimensions swapped in memory
-        big = t.transpose(-1, -2).contiguous().repeat_interleave(2, dim=1)[:, ::2]
-        return big.transpose(-1, -2).requires_grad_()
-
-    tensors = [strided(t) for t in tensors]
-    assert not any(t.is_contiguous() for t in tensors)
-    out, expected = call(dynamic_conv2d, case, tensors), call(dynamic_conv2d, case, expected_tensors)
-    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
-    grad = torch.randn(expected.shape[::-1], dtype=torch.float64).permute(3, 2, 1, 0)
-    out.backward(grad)
-    expected.backward(grad)
-    for name, a, b in zip(NAMES, tensors, expected_tensors, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-10, msg=name)
+    op_checks.assert_takes_any_strides(CASES["all_different"], dynamic_conv2d)
 
 
 def test_expanded_gradient():
-    case = CASES["small"]
-    a, b = case.tensors(torch.float64), case.tensors(torch.float64)
-    call(dynamic_conv2d, case, a).sum().backward()  # a gradient of stride 0
-    call(reference.dynamic_conv2d, case, b).sum().backward()
-    for x, y in zip(a, b, strict=True):
-        torch.testing.assert_close(x.grad, y.grad)
+    op_checks.assert_takes_an_expanded_gradient(CASES["small"], dynamic_conv2d, reference.dynamic_conv2d)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_empty_batch(dtype):
     case = replace(CASES["all_different"], batch=0)
     tensors = case.tensors(dtype)
-    out = call(dynamic_conv2d, case, tensors)
+    out = case.call(dynamic_conv2d, tensors)
     kernels, biases = aggregate_kernels(*tensors[1:], temperature=2.0)
     assert out.shape == (0, case.out_channels, *case.out_size)
     assert kernels.shape == (0, *tensors[1].shape[1:]) and biases.shape == (0, case.out_channels)
@@ -366,24 +298,15 @@ def test_empty_batch(dtype):
 
 
 @pytest.mark.parametrize("path", ["tiles", "samples"])
-@pytest.mark.parametrize("wanted", range(4), ids=NAMES)
+@pytest.mark.parametrize("wanted", range(4), ids=DynamicCase.names)
 def test_only_the_gradient_asked_for(wanted, path, monkeypatch):
     monkeypatch.setenv("DYNCONV_DYNAMIC_CONV2D", path)
     case = CASES["all_different"]
-    tensors, expected = case.tensors(torch.float64), case.tensors(torch.float64)
-    call(reference.dynamic_conv2d, case, expected).square().sum().backward()
-    for i, t in enumerate(tensors):
-        t.requires_grad_(i == wanted)
-    out = call(dynamic_conv2d, case, tensors)
-    out.square().sum().backward()
-    for i, (t, e) in enumerate(zip(tensors, expected, strict=True)):
-        if i == wanted:
-            torch.testing.assert_close(t.grad, e.grad, rtol=1e-9, atol=1e-9)
-        else:
-            assert t.grad is None
-    detached = [t.detach() for t in tensors]
+    op_checks.assert_computes_only_the_gradient(wanted, case, dynamic_conv2d, reference.dynamic_conv2d)
+    detached = [t.detach() for t in case.tensors(torch.float64)]
     mask = [i == wanted for i in range(4)]
-    grads = OPS.dynamic_conv2d_backward(out.detach(), *detached, *case.geometry, mask)
+    out = case.call(dynamic_conv2d, detached)
+    grads = OPS.dynamic_conv2d_backward(out, *detached, *case.geometry, mask)
     assert [g.numel() > 0 for g in grads] == mask
     if wanted > 0:
         kernels, biases = aggregate_kernels(*detached[1:])
@@ -393,7 +316,7 @@ def test_only_the_gradient_asked_for(wanted, path, monkeypatch):
 
 def test_frozen_everything_has_no_graph():
     case = CASES["small"]
-    assert not call(dynamic_conv2d, case, [t.detach() for t in case.tensors(torch.float32)]).requires_grad
+    assert not case.call(dynamic_conv2d, [t.detach() for t in case.tensors(torch.float32)]).requires_grad
 
 
 def test_mixed_kernels_are_never_saved():
@@ -401,7 +324,7 @@ def test_mixed_kernels_are_never_saved():
     tensors = case.tensors(torch.float32)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        out = call(dynamic_conv2d, case, tensors)
+        out = case.call(dynamic_conv2d, tensors)
     given = {t.data_ptr() for t in tensors}
     assert saved and all(t.data_ptr() in given for t in saved)
     assert max(t.numel() for t in saved) < case.batch * tensors[1][0].numel()
@@ -412,23 +335,7 @@ def test_mixed_kernels_are_never_saved():
 @pytest.mark.parametrize("name", ["all_different", "one_sample_shared_by_threads", "several_tiles_of_pixels"])
 def test_same_result_for_any_number_of_threads_and_runs(name, path, monkeypatch):
     monkeypatch.setenv("DYNCONV_DYNAMIC_CONV2D", path)
-    case = CASES[name]
-    results = []
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3, 2):
-            torch.set_num_threads(count)
-            tensors = case.tensors(torch.float32)
-            out = call(dynamic_conv2d, case, tensors)
-            out.square().sum().backward()
-            results.append([out.detach(), *(t.grad for t in tensors)])
-    finally:
-        torch.set_num_threads(threads)
-    for a, b in zip(results[1], results[3], strict=True):
-        assert torch.equal(a, b)  # the same number of threads: the same bits
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert relative_error(a, b) <= TOLERANCE[torch.float32]
+    op_checks.assert_gives_the_same_for_any_threads(CASES[name], dynamic_conv2d)
 
 
 def test_more_than_2_to_31_elements():
@@ -449,21 +356,7 @@ def test_more_than_2_to_31_elements():
 
 @pytest.mark.parametrize("level", ["baseline", "avx2"])
 def test_other_cpu_levels(level):
-    code = """
-import sys, torch
-import test_dynamic_conv2d as t
-import dynconv_ext
-assert dynconv_ext.build_info()["cpu_level"] == sys.argv[1]
-for case in t.DYNAMIC_CASES:
-    for dtype, tolerance in t.TOLERANCE.items():
-        t.check(case, case.tensors(dtype), tolerance)
-"""
-    order = ["baseline", "avx2", "avx512"]
-    if order.index(dynconv_ext.build_info()["cpu_level"]) < order.index(level):
-        pytest.skip(f"this CPU lacks {level}")
-    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "DYNCONV_CPU_LEVEL": level, "PYTHONPATH": path}
-    subprocess.run([sys.executable, "-c", code, level], env=environment, check=True, timeout=300)
+    op_checks.assert_passes_at_cpu_level(level, "test_dynamic_conv2d")
 
 
 # ------------------------------------------------------------------------------------------------------------ errors

@@ -286,6 +286,8 @@ class TestErrors:
             (["--image-size", "0"], "--image-size: got 0, expected a whole number >= 1"),
             (["--epochs", "0"], "epochs: got 0, expected a whole number >= 1"),
             (["--data", "/does/not/exist"], "/does/not/exist"),
+            (["--data", ""], "--data: got '', expected a folder"),
+            (["--seed", str(2**63)], f"seed: got {2**63}, expected a whole number >= 0 and <= {2**63 - 1}"),
         ],
     )
     def test_options(
@@ -294,6 +296,37 @@ class TestErrors:
         assert main(tiny_study, [*arguments, "--output", str(tmp_path / "run")]) == 2
         error = capsys.readouterr().err
         assert error.splitlines()[-1].startswith("error: ") and text in error
+        assert not (tmp_path / "run").exists()  # the mended command may use the same folder
+
+    def test_output_that_cannot_be_written(
+        self, tiny_study: Study, tmp_path: Path, capsys: pytest.CaptureFixture
+    ) -> None:
+        (tmp_path / "file").write_text("kept")
+        assert main(tiny_study, ["--output", str(tmp_path / "file" / "run")]) == 2
+        assert capsys.readouterr().err.startswith(f"error: --output: cannot write in {tmp_path / 'file' / 'run'}: ")
+        assert (tmp_path / "file").read_text() == "kept"
+
+    @pytest.mark.parametrize(
+        ("file", "change", "text"),
+        [
+            ("config.json", {"models": ["resnet99"]}, "models: got 'resnet99', expected names out of first, second"),
+            ("config.json", {"data": 5}, "data: got 5, expected a str"),
+            ("config.json", {"limits": 5}, "limits: got 5, expected numbers by split, or null"),
+            ("first/result.json", {"params": "many"}, "first.params: got 'many', expected a number or null"),
+            ("first/result.json", None, "result.json: got None, expected an object; delete it to test first again"),
+        ],
+    )
+    def test_resume_of_a_damaged_run(
+        self, tiny_study: Study, tmp_path: Path, capsys: pytest.CaptureFixture, file: str, change: dict, text: str
+    ) -> None:
+        arguments = ["--output", str(tmp_path), "--models", "first", "--epochs", "1"]
+        assert main(tiny_study, arguments) == 0
+        content = json.loads((tmp_path / file).read_text())
+        (tmp_path / file).write_text(json.dumps(None if change is None else content | change))
+        assert main(tiny_study, ["--output", str(tmp_path), "--resume"]) == 2
+        assert text in capsys.readouterr().err
+        (tmp_path / file).write_text(json.dumps(content))
+        assert main(tiny_study, ["--output", str(tmp_path), "--resume"]) == 0
 
     def test_device_that_is_not_there(
         self,
@@ -386,29 +419,66 @@ class TestEvaluate:
         assert line.startswith("error: checkpoint: ")
         return line
 
-    def test_checkpoint_of_another_model(
-        self, photographs: Path, tmp_path: Path, checkpoint: dict, capsys: pytest.CaptureFixture
+    @pytest.mark.parametrize(
+        ("change", "text"),
+        [
+            ({"model": "resnet34"}, "does not fit 'resnet34' with 3 classes: "),
+            ({"model": "resnet99"}, "holds 'resnet99', which cannot be built here"),
+            ({"classes": ["a", "b", "c", "d"]}, "fc.bias: got shape (3,), expected (4,)"),
+            ({"classes": 5}, "classes: got 5, expected a list"),
+            ({"image_size": "big"}, "image_size: got 'big', expected a int"),
+            ({"options": {"depth": 9}}, "depth: no option of the model 'variable_resnet18'"),
+            ({"format": 2}, "got format 2, expected 1"),
+        ],
+        ids=str,
+    )
+    def test_checkpoint_with_another_card(
+        self,
+        photographs: Path,
+        tmp_path: Path,
+        checkpoint: dict,
+        capsys: pytest.CaptureFixture,
+        change: dict,
+        text: str,
     ) -> None:
-        checkpoint["dynconv_vision"]["model"] = "resnet34"
+        checkpoint["dynconv_vision"] |= change
         torch.save(checkpoint, tmp_path / "other.ckpt")
         line = self.fails_in_one_line(capsys, tmp_path / "other.ckpt", photographs, photographs / "test.txt")
-        assert "does not fit 'resnet34' with 3 classes: " in line
+        assert "other.ckpt" in line and text in line
 
-    def test_checkpoint_of_an_unknown_model(
-        self, photographs: Path, tmp_path: Path, checkpoint: dict, capsys: pytest.CaptureFixture
+    @pytest.mark.parametrize(
+        ("change", "text"),
+        [
+            ({"dynconv_vision": [1]}, "got a card that is a list, expected a dictionary"),
+            ({"state_dict": [1]}, "state_dict: got a list, expected a dictionary of tensors"),
+            ({"state_dict": {"model.fc.bias": None}}, "bn1.bias is missing"),
+        ],
+        ids=str,
+    )
+    def test_checkpoint_with_other_entries(
+        self,
+        photographs: Path,
+        tmp_path: Path,
+        checkpoint: dict,
+        capsys: pytest.CaptureFixture,
+        change: dict,
+        text: str,
     ) -> None:
-        checkpoint["dynconv_vision"]["model"] = "resnet99"
-        torch.save(checkpoint, tmp_path / "other.ckpt")
+        torch.save(checkpoint | change, tmp_path / "other.ckpt")
         line = self.fails_in_one_line(capsys, tmp_path / "other.ckpt", photographs, photographs / "test.txt")
-        assert "holds 'resnet99', which cannot be built here" in line
+        assert "other.ckpt" in line and text in line
 
-    def test_checkpoint_of_another_class_count(
+    def test_checkpoint_with_other_weights(
         self, photographs: Path, tmp_path: Path, checkpoint: dict, capsys: pytest.CaptureFixture
     ) -> None:
-        checkpoint["dynconv_vision"]["classes"] = ["a", "b", "c", "d"]
+        checkpoint["state_dict"]["model.fc.bias"].fill_(float("nan"))
         torch.save(checkpoint, tmp_path / "other.ckpt")
         line = self.fails_in_one_line(capsys, tmp_path / "other.ckpt", photographs, photographs / "test.txt")
-        assert "fc.bias: got shape (3,), expected (4,)" in line
+        assert "got a loss of nan: the network has diverged" in line
+        checkpoint["state_dict"]["model.fc.bias"] = None
+        torch.save(checkpoint, tmp_path / "other.ckpt")
+        line = self.fails_in_one_line(capsys, tmp_path / "other.ckpt", photographs, photographs / "test.txt")
+        assert "fc.bias: got a NoneType, expected a tensor" in line
 
     def test_damaged_and_missing_checkpoints(
         self, photographs: Path, photograph_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
@@ -419,6 +489,8 @@ class TestEvaluate:
         assert "cannot be read: damaged, or no torch checkpoint" in line
         line = self.fails_in_one_line(capsys, tmp_path / "none.ckpt", photographs, photographs / "test.txt")
         assert "none.ckpt is not a file" in line
+        line = self.fails_in_one_line(capsys, photographs / "test0.png", photographs, photographs / "test.txt")
+        assert "cannot be read: damaged, or no torch checkpoint" in line and "weights_only" not in line
 
     def test_label_out_of_range(
         self, photographs: Path, photograph_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
@@ -430,4 +502,7 @@ class TestEvaluate:
 
     def test_missing_list(self, photographs: Path, photograph_run: Path, capsys: pytest.CaptureFixture) -> None:
         checkpoint = photograph_run / "variable_resnet18" / "best.ckpt"
-        assert "no such list file" in self.fails(capsys, checkpoint, photographs, photographs / "none.txt")
+        error = self.fails(capsys, checkpoint, photographs, Path("none.txt"))
+        assert error == f"error: --list: no such list file: neither none.txt nor {photographs / 'none.txt'}\n"
+        error = self.fails(capsys, checkpoint, photographs / "none", photographs / "test.txt")
+        assert error == f"error: --data: got {str(photographs / 'none')!r}, expected a folder that exists\n"

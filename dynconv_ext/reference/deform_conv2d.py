@@ -50,10 +50,26 @@ def deform_conv2d(
 ) -> Tensor:
     """The formula of :func:`dynconv_ext.deform_conv2d`, in plain PyTorch.
 
-    Shapes and meaning are those of the operator. 16-bit tensors are computed in float32.
+    16-bit tensors are computed in float32. Arguments are not checked.
+
+    Args:
+        input: (N, C, H, W).
+        offset: (N, 2 * D * kH * kW, Ho, Wo), in input pixels, D offset groups, (vertical, horizontal) by tap.
+        weight: (O, C / groups, kH, kW).
+        bias: (O,).
+        stride, padding, dilation: ints or pairs (height, width), in pixels.
+        mask: (N, D * kH * kW, Ho, Wo); absent means 1.
 
     Returns:
         (N, O, Ho, Wo), of input's dtype.
+
+    Example:
+        >>> x = torch.arange(4.0).reshape(1, 1, 1, 4)
+        >>> right = torch.tensor([0.0, 0.5]).reshape(1, 2, 1, 1).expand(1, 2, 1, 4)  # half a pixel
+        >>> deform_conv2d(x, right, torch.ones(1, 1, 1, 1)).flatten()
+        tensor([0.5000, 1.5000, 2.5000, 1.5000])
+
+    Source: Dai et al. 2017, arXiv:1703.06211; Zhu et al. 2019, arXiv:1811.11168, eq. 1.
     """
     stride, padding, dilation = (v if isinstance(v, tuple | list) else (v, v) for v in (stride, padding, dilation))
     batch, channels, height, width = input.shape

@@ -18,10 +18,18 @@ def aggregate_kernels(
 ) -> tuple[Tensor, Tensor | None]:
     """The formula of :func:`dynconv_ext.aggregate_kernels`, in plain PyTorch.
 
-    Shapes and meaning are those of the operator. 16-bit tensors are computed in float32.
+    16-bit tensors are computed in float32. Arguments are not checked.
+
+    Args:
+        weight: (K, O, C / groups, kH, kW).
+        attention: (N, K), mixing weights, or with a temperature logits.
+        bias: (K, O).
+        temperature: T > 0: the mixing weights are softmax(attention / T).
 
     Returns:
         (N, O, C / groups, kH, kW) and (N, O), of weight's dtype; None for the second without a bias.
+
+    Source: Yang et al. 2019, arXiv:1904.04971; Chen et al. 2020, arXiv:1912.03458, eq. 2.
     """
     compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
     mix = mixing_weights(attention.to(compute), temperature)
@@ -43,10 +51,21 @@ def dynamic_conv2d(
 ) -> Tensor:
     """The formula of :func:`dynconv_ext.dynamic_conv2d`, in plain PyTorch: every sample's columns times its own kernel.
 
-    Shapes and meaning are those of the operator. 16-bit tensors are computed in float32.
+    16-bit tensors are computed in float32. Arguments are not checked.
+
+    Args:
+        input: (N, C, H, W).
+        weight: (K, O, C / groups, kH, kW).
+        attention: (N, K), mixing weights, or with a temperature logits.
+        bias: (K, O).
+        stride, padding, dilation: ints or pairs (height, width), in pixels.
+        groups: as in torch.nn.functional.conv2d.
+        temperature: T > 0: the mixing weights are softmax(attention / T).
 
     Returns:
         (N, O, Ho, Wo), of input's dtype.
+
+    Source: Yang et al. 2019, arXiv:1904.04971, sec. 3; Chen et al. 2020, arXiv:1912.03458, eq. 1-3.
     """
     stride, padding, dilation = (
         tuple(v) if isinstance(v, tuple | list) else (v, v) for v in (stride, padding, dilation)

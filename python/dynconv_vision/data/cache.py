@@ -83,6 +83,9 @@ def prepare(
         workers: as in `workers.run`.
         progress: show a progress bar with rate and time left.
 
+    Returns:
+        The images, mapped from the cache's file, and what could not be read.
+
     Raises:
         OSError: the cache can't be written; the text says where it is.
     """

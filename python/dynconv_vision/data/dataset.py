@@ -125,6 +125,9 @@ def load_dataset(
             largest label in train.txt plus 1.
         download: let torchvision download CIFAR-10 where it is missing.
 
+    Returns:
+        Images uint8 RGB (N, 3, S, S) and labels int64 (N,) of each split, with the classes' names.
+
     Raises:
         DataError: with everything that is wrong with the data, by file and line.
         ValueError: an argument out of range; the text names it.
@@ -188,6 +191,9 @@ def load_list(
         num_classes: labels must be below it; None: any label of 0 or more.
         image_size, denoise, normalize, cache_dir, workers, skip_bad_images, progress: as for `load_dataset`.
 
+    Returns:
+        Images uint8 RGB (N, 3, S, S) and labels int64 (N,), in the list's order, with what was left out.
+
     Raises:
         DataError: with everything that is wrong, by line.
         ValueError: an argument out of range; the text names it.
@@ -199,7 +205,7 @@ def load_list(
         raise DataError(f"{path}: there is no such list file")
     name = f"{path.resolve().parent.name}-{path.stem}"
     records, problems = read_list(path, None if root is None else Path(root).expanduser())
-    records, out_of_range = check_labels(records, num_classes)
+    records, out_of_range = check_labels(records, num_classes, f"{num_classes} classes")
     items, missing = items_from_records(records)
     problems += out_of_range + missing
     if problems and not skip_bad_images:

@@ -41,6 +41,12 @@ def read_list(list_file: Path, root: Path | None = None) -> tuple[list[Record], 
     Args:
         list_file: the file.
         root: what its paths are relative to; default: its folder.
+
+    Returns:
+        Its images in its order, and its malformed lines.
+
+    Raises:
+        OSError: the file cannot be read.
     """
     base = os.path.abspath(root if root is not None else list_file.parent)
     records, problems = [], []
@@ -49,17 +55,30 @@ def read_list(list_file: Path, root: Path | None = None) -> tuple[list[Record], 
         fields = line.strip().rsplit(None, 1)
         if len(fields) != 2 or not _INTEGER.fullmatch(fields[1]):
             shown = line.strip() if len(line) <= 80 else line.strip()[:77] + "..."
-            problems.append(Problem(where, "malformed line", f"got {shown!r}, expected '<path> <label>'"))
+            problems.append(
+                Problem(where, "malformed line", f"got {shown!r}, expected '<path> <label>' with a whole number")
+            )
             continue
         name = fields[0].removeprefix("./")
         records.append(Record(os.path.normpath(os.path.join(base, name)), name, int(fields[1]), where))
     return records, problems
 
 
-def check_labels(records: Iterable[Record], num_classes: int | None) -> tuple[list[Record], list[Problem]]:
-    """Those records whose label is in 0 .. num_classes - 1 (None: 0 or more), and the others as problems."""
+def check_labels(
+    records: Iterable[Record], num_classes: int | None, reason: str = ""
+) -> tuple[list[Record], list[Problem]]:
+    """Those records whose label is in 0 .. num_classes - 1 (None: 0 or more), and the others as problems.
+
+    Args:
+        records: what a list file names.
+        num_classes: labels are below it.
+        reason: where num_classes comes from, for the problems' texts.
+
+    Returns:
+        The records kept, and the problems.
+    """
     kept, problems = [], []
-    expected = "0 or more" if num_classes is None else f"0..{num_classes - 1}"
+    expected = "0 or more" if num_classes is None else f"0..{num_classes - 1}{reason and f' ({reason})'}"
     for record in records:
         if record.label < 0 or (num_classes is not None and record.label >= num_classes):
             problems.append(Problem(record.where, "label out of range", f"got {record.label}, expected {expected}"))
@@ -75,6 +94,12 @@ def list_folder_layout(folder: Path, num_classes: int | None = None) -> Layout:
         folder: has train.txt and perhaps the others.
         num_classes: labels are below it. Default: the number of lines of classes.txt, or else the largest label in
             train.txt plus 1.
+
+    Returns:
+        The dataset as listed; malformed lines, labels out of range, contradictions and missing files are its problems.
+
+    Raises:
+        DataError: num_classes is not given, and the largest label is absurd.
     """
     problems: list[Problem] = []
     lists: dict[str, list[Record]] = {}
@@ -83,8 +108,12 @@ def list_folder_layout(folder: Path, num_classes: int | None = None) -> Layout:
         if path is not None:
             lists[split], malformed = read_list(path)
             problems += malformed
+        if path is not None and not lists[split] and not malformed and split == "train":
+            problems.append(Problem(path.name, "empty list", "expected lines '<path> <label>'"))
     names = _read_class_names(folder / "classes.txt")
+    reason = ""
     if num_classes is None:
+        reason = f"{len(names)} classes in classes.txt" if names else "the largest label in train.txt"
         num_classes = len(names) or max((record.label for record in lists["train"]), default=-1) + 1
         if num_classes > MOST_CLASSES:
             raise DataError(
@@ -93,7 +122,8 @@ def list_folder_layout(folder: Path, num_classes: int | None = None) -> Layout:
             )
     splits: dict[str, Items] = {}
     for split, records in lists.items():
-        lists[split], out_of_range = check_labels(records, num_classes)
+        # Without one label in train.txt, the other lists are not to blame.
+        lists[split], out_of_range = check_labels(records, num_classes or None, reason)
         problems += out_of_range
     contradictions, notes = _overlaps(lists)
     problems += contradictions

@@ -58,6 +58,12 @@ def read_bgr(path: str | Path) -> NDArray[np.uint8]:
 
     Greyscale becomes three equal channels, transparency is dropped, EXIF orientation is applied.
 
+    Args:
+        path: an image file of any format that OpenCV reads.
+
+    Returns:
+        uint8 BGR (H, W, 3).
+
     Raises:
         UnreadableImageError: the file can't be opened, is no image, or stops half-way.
     """

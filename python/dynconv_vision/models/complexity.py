@@ -182,6 +182,12 @@ _register_formulas()
 def count_parameters(model: nn.Module) -> int:
     """Number of parameters that are trained.
 
+    Args:
+        model: The network; parameters with ``requires_grad`` count, shared ones once.
+
+    Returns:
+        The number of scalars.
+
     Example:
         >>> count_parameters(nn.Linear(3, 2))
         8

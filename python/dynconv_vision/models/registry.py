@@ -71,6 +71,9 @@ def list_models(task: str | int | None = None) -> list[str]:
     Args:
         task: Only the networks of this study (``"task1"``, ``"task2"``, or 1, 2); all of them if None.
 
+    Returns:
+        The names.
+
     Raises:
         ValueError: If the task is unknown.
     """

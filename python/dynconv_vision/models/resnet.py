@@ -49,6 +49,9 @@ def resnet18(num_classes: int = 50, image_size: int = 64, stem: str | nn.Module 
         stem: ``"small"`` (3x3, stride 1: 11,194,482 parameters with 50 classes), ``"torchvision"`` (7x7, stride 2:
             11,202,162) or a module from images to 64 channels.
 
+    Returns:
+        A network from images (N, 3, H, W) to logits (N, num_classes).
+
     Raises:
         ValueError: If the stem is unknown.
     """
@@ -64,8 +67,13 @@ def resnet34(num_classes: int = 50, image_size: int = 64, stem: str | nn.Module 
         image_size: Not used; the network takes images of any size.
         stem: As in :func:`resnet18`.
 
+    Returns:
+        A network from images (N, 3, H, W) to logits (N, num_classes).
+
     Raises:
         ValueError: If the stem is unknown.
+
+    Source: He et al., Deep Residual Learning for Image Recognition, CVPR 2016, arXiv:1512.03385.
     """
     return _resnet([3, 4, 6, 3], num_classes, stem)
 
@@ -93,6 +101,9 @@ class VariableChannelResNet18(ResNet):
 
         Returns:
             Logits (N, num_classes).
+
+        Raises:
+            ValueError: If the names do not fit ``x``, or are not the stem's.
         """
         x = self.maxpool(self.relu(self.bn1(self.conv1(x, channels))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
@@ -117,6 +128,12 @@ def variable_resnet18(
         num_kernels: Kernels of the stem.
         temperature: Of the stem's softmax, at first.
         channels: Names of the channels.
+
+    Returns:
+        A network from images (N, m, H, W) and their channels' names to logits (N, num_classes).
+
+    Raises:
+        ValueError: If a number is out of range, or a name comes twice.
     """
     stem = VariableInputConv(
         64, 3, padding=1, bias=False, num_kernels=num_kernels, temperature=temperature, channels=channels

@@ -42,6 +42,9 @@ class PublishedVariableInputConv(nn.Module):
         kernel_size: Odd; height and width of the kernels.
         num_kernels: K.
         temperature: Of the softmax.
+
+    Raises:
+        ValueError: If ``kernel_size`` is not odd.
     """
 
     #: Names used for counting only: any one to three channels may come.
@@ -113,5 +116,8 @@ def task1_published(num_classes: int = 50, image_size: int = 64) -> VariableChan
     Args:
         num_classes: Number of classes.
         image_size: Not used; the network takes images of any size.
+
+    Returns:
+        A network from images (N, 1 to 3, H, W) to logits (N, num_classes).
     """
     return VariableChannelResNet18(num_classes, PublishedVariableInputConv(64))

@@ -86,6 +86,8 @@ class CBAM(nn.Module):
     Args:
         channels: Channels of the input.
         reduction: How much narrower the bottleneck of the channel attention is.
+
+    Source: Woo et al., CBAM: Convolutional Block Attention Module, ECCV 2018, arXiv:1807.06521.
     """
 
     def __init__(self, channels: int, reduction: int) -> None:
@@ -166,5 +168,16 @@ class Task2Published(nn.Module):
 
 @register_model("task2_published", task="task2")
 def task2_published(num_classes: int = 50, image_size: int = 128) -> Task2Published:
-    """Build :class:`Task2Published`."""
+    """Build :class:`Task2Published`.
+
+    Args:
+        num_classes: Number of classes.
+        image_size: Height and width of the images, in pixels, at least 7; the network takes this size only.
+
+    Returns:
+        A network from images (N, 3, S, S) to logits (N, num_classes).
+
+    Raises:
+        ValueError: If the images are too small for the two poolings.
+    """
     return Task2Published(num_classes, image_size)

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dynconv_ext
+from dynconv_ext.temperature import AnnealedTemperature
 
 
 def sample_channels(
@@ -91,7 +92,7 @@ class SharedChannelAttention(nn.Module):
         return self.fc2(F.relu(self.fc1(statistics)).mean(dim=1))
 
 
-class VariableInputConv(nn.Module):
+class VariableInputConv(AnnealedTemperature):
     """Convolution over any subset of named channels, with K learned kernels mixed per sample.
 
     All parameters exist from construction on, so optimisers and checkpoints see the same ones whatever the inputs are.
@@ -122,8 +123,6 @@ class VariableInputConv(nn.Module):
         >>> conv(torch.ones(2, 2, 5, 5), channels=("B", "R")).shape
         torch.Size([2, 8, 5, 5])
     """
-
-    temperature: Tensor
 
     def __init__(
         self,
@@ -163,9 +162,7 @@ class VariableInputConv(nn.Module):
         else:
             self.register_parameter("bias", None)
         self.attention = SharedChannelAttention(num_kernels)
-        self.initial_temperature = temperature
-        self.register_buffer("temperature", torch.tensor(1.0))
-        self.set_temperature(temperature)
+        self.register_temperature(temperature)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -184,34 +181,6 @@ class VariableInputConv(nn.Module):
             f"dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}, "
             f"num_kernels={self.num_kernels}, temperature={float(self.temperature):g}, channels={self.channels}"
         )
-
-    def set_temperature(self, temperature: float) -> None:
-        """Set the temperature of the softmax; it is a buffer, so checkpoints keep it.
-
-        Raises:
-            ValueError: If it is not a positive number.
-        """
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(f"temperature: got {temperature}, expected a positive number")
-        self.temperature.fill_(temperature)
-
-    def anneal(self, progress: float, until: float = 1 / 3) -> None:
-        """Linear schedule: from the first temperature at progress 0 down to 1 at ``until``, then 1.
-
-        Near-uniform mixing at first trains all kernels (Chen et al., CVPR 2020, section 3.3).
-
-        Args:
-            progress: Part of the training done, in 0..1, for instance epoch / epochs.
-            until: Part of the training over which the temperature falls.
-
-        Raises:
-            ValueError: If ``progress`` is not in 0..1 or ``until`` not in (0, 1].
-        """
-        if not 0 <= progress <= 1:
-            raise ValueError(f"progress: got {progress}, expected 0 <= progress <= 1")
-        if not 0 < until <= 1:
-            raise ValueError(f"until: got {until}, expected 0 < until <= 1")
-        self.set_temperature(1 + (self.initial_temperature - 1) * max(0.0, 1 - progress / until))
 
     def forward(self, x: Tensor, channels: Sequence[str] | None = None) -> Tensor:
         """Convolve.
@@ -319,6 +288,9 @@ class VariableInputConv(nn.Module):
             temperature: Of the softmax.
             channels: Names of the input channels of ``conv``.
 
+        Returns:
+            The module, on the device and of the dtype of ``conv``.
+
         Raises:
             ValueError: If the names do not fit, or the padding is of another kind.
         """
@@ -352,6 +324,9 @@ class VariableInputConv(nn.Module):
         Args:
             channels: Names of its input channels, in their order; None means all of the table.
             mix: K mixing weights; 1 / K each if None.
+
+        Returns:
+            A convolution that gives what :meth:`convolve` gives with this mixture for all samples.
 
         Raises:
             ValueError: If the names do not fit the table, the mixture has not K weights, or there are groups and the

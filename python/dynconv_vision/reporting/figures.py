@@ -174,7 +174,6 @@ def _grouped_bars(
     axes.set_xticks(range(len(groups)), groups)
     axes.set_xlim(-0.55, len(groups) - 0.45)
     axes.set_ylim(0, limit)
-    axes.set_ylabel("accuracy (%)")
     _style(axes)
     axes.tick_params(axis="x", length=0)
     return marked
@@ -188,6 +187,31 @@ def _bar_legend(figure: Figure, names: Sequence[str], marked: bool) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
 
 
+def _draw_bars(
+    path: Path,
+    title: str,
+    results: Results,
+    names: Sequence[str],
+    bars: Mapping[str, str],
+    x_label: str = "",
+    y_label: str = "accuracy (%)",
+) -> bool:
+    """Write the picture of one bar a network in each group; ``bars`` is the key of the number by the group's label."""
+    values = {name: [results.number(name, key) for key in bars.values()] for name in names}
+    if all(value is None for column in values.values() for value in column):
+        return False
+    source = {name: [corrected(name, key) for key in bars.values()] for name in names}
+    figure = _new_figure(11, 4.6)
+    axes = figure.subplots()
+    marked = _grouped_bars(axes, list(bars), values, source)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    _bar_legend(figure, names, marked)
+    figure.suptitle(title)
+    _save(figure, path)
+    return True
+
+
 def draw_accuracy(path: Path, results: Results, title: str) -> bool:
     """Training, validation and test accuracy of every network, with the source report's corrected numbers as marks.
 
@@ -199,18 +223,8 @@ def draw_accuracy(path: Path, results: Results, title: str) -> bool:
     Returns:
         Whether there was anything to draw.
     """
-    keys = ("train_acc", "val_acc", "test_acc")
-    values = {name: [results.number(name, key) for key in keys] for name in results.models}
-    if all(value is None for column in values.values() for value in column):
-        return False
-    source = {name: [corrected(name, key) for key in keys] for name in values}
-    figure = _new_figure(11, 4.6)
-    axes = figure.subplots()
-    marked = _grouped_bars(axes, ("training", "validation", "test"), values, source)
-    _bar_legend(figure, list(values), marked)
-    figure.suptitle(title)
-    _save(figure, path)
-    return True
+    bars = {"training": "train_acc", "validation": "val_acc", "test": "test_acc"}
+    return _draw_bars(path, title, results, list(results.models), bars)
 
 
 def draw_channels(path: Path, results: Results, title: str) -> bool:
@@ -225,24 +239,9 @@ def draw_channels(path: Path, results: Results, title: str) -> bool:
         Whether there was anything to draw.
     """
     known = {key for entry in results.models.values() for key in entry.get("channels", {})}
-    sets = [*CHANNEL_SETS, *sorted(known - set(CHANNEL_SETS))]
-    values = {
-        name: [results.number(name, f"channels.{key}") for key in sets]
-        for name, entry in results.models.items()
-        if entry.get("channels")
-    }
-    if not values:
-        return False
-    source = {name: [corrected(name, f"channels.{key}") for key in sets] for name in values}
-    figure = _new_figure(11, 4.6)
-    axes = figure.subplots()
-    marked = _grouped_bars(axes, sets, values, source)
-    axes.set_xlabel("channels of the test images")
-    axes.set_ylabel("test accuracy (%)")
-    _bar_legend(figure, list(values), marked)
-    figure.suptitle(title)
-    _save(figure, path)
-    return True
+    bars = {key: f"channels.{key}" for key in (*CHANNEL_SETS, *sorted(known - set(CHANNEL_SETS)))}
+    names = [name for name, entry in results.models.items() if entry.get("channels")]
+    return _draw_bars(path, title, results, names, bars, "channels of the test images", "test accuracy (%)")
 
 
 def draw_complexity(path: Path, results: Results, title: str) -> bool:

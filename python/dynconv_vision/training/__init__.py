@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from .callbacks import EpochRecord, TrainingInterrupted
-from .checkpoints import ModelCard, load_network, read_checkpoint
+from .checkpoints import ModelCard, load_network, read_card, read_checkpoint
 from .config import StudyError, TrainConfig
 from .datamodule import Batch, EvaluationLoader, ImageDataModule, TrainLoader, epoch_order, prepare_images
 from .hardware import describe_hardware, resolve_device, resolve_precision
@@ -29,6 +29,7 @@ __all__ = [
     "evaluate_model",
     "load_network",
     "prepare_images",
+    "read_card",
     "read_checkpoint",
     "resolve_device",
     "resolve_precision",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,22 +50,59 @@ class ModelCard:
         return {"format": _FORMAT} | dataclasses.asdict(self) | {"classes": list(self.classes)}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ModelCard:
+    def from_dict(cls, values: dict[str, Any], where: str = "checkpoint") -> ModelCard:
         """The inverse of `to_dict`.
 
+        Args:
+            values: What `to_dict` gave.
+            where: What error texts start with.
+
         Raises:
-            StudyError: The values come from another version, or some are missing.
+            StudyError: The values come from another version, or one is missing or of another type.
         """
+        if not isinstance(values, dict):
+            raise StudyError(f"{where}: got a card that is a {type(values).__name__}, expected a dictionary")
         if values.get("format") != _FORMAT:
-            raise StudyError(f"checkpoint format: got {values.get('format')!r}, expected {_FORMAT}")
-        names = [field.name for field in dataclasses.fields(cls)]
-        if missing := [name for name in names if name not in values]:
-            raise StudyError(f"checkpoint: {', '.join(missing)} missing")
-        return cls(**{name: values[name] for name in names} | {"classes": tuple(values["classes"])})
+            raise StudyError(f"{where}: got format {values.get('format')!r}, expected {_FORMAT}")
+        if missing := [name for name in _CARD_TYPES if name not in values]:
+            raise StudyError(f"{where}: {', '.join(missing)} missing")
+        for name, kind in _CARD_TYPES.items():
+            if not isinstance(values[name], kind):
+                raise StudyError(f"{where}: {name}: got {values[name]!r}, expected a {kind.__name__}")
+        return cls(**{name: values[name] for name in _CARD_TYPES} | {"classes": tuple(values["classes"])})
+
+
+_CARD_TYPES = {
+    "task": str,
+    "model": str,
+    "options": dict,
+    "classes": list,
+    "image_size": int,
+    "denoise": bool,
+    "normalize": bool,
+}
+
+
+def read_card(path: Path) -> ModelCard:
+    """The card in a checkpoint.
+
+    Args:
+        path: A best.ckpt or last.ckpt.
+
+    Raises:
+        StudyError: See `read_checkpoint` and `ModelCard.from_dict`.
+    """
+    return ModelCard.from_dict(read_checkpoint(path)[_KEY], f"checkpoint: {path}")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint that a study wrote; nothing in the file is executed.
+
+    Args:
+        path: A best.ckpt or last.ckpt.
+
+    Returns:
+        Its entries; "state_dict" and "dynconv_vision", the card, among them.
 
     Raises:
         StudyError: The file is missing, cannot be read, or was not written by a study.
@@ -73,16 +111,28 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise StudyError(f"checkpoint: {path} is not a file")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # torch's own text tells how to run code from the file
+        reason = "not only tensors and plain values are in it"
+        raise StudyError(f"checkpoint: {path} cannot be read: damaged, or no torch checkpoint ({reason})") from None
     except Exception as error:  # zip, pickle and torch raise many types for a broken or foreign file
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise StudyError(f"checkpoint: {path} cannot be read: damaged, or no torch checkpoint ({reason})") from None
     if not isinstance(checkpoint, dict) or _KEY not in checkpoint or "state_dict" not in checkpoint:
         raise StudyError(f"checkpoint: {path} was not written by a study of this project: it has no {_KEY!r} entry")
+    if not isinstance(checkpoint["state_dict"], dict):
+        kind = type(checkpoint["state_dict"]).__name__
+        raise StudyError(f"checkpoint: {path}: state_dict: got a {kind}, expected a dictionary of tensors")
     return checkpoint
 
 
 def load_network(path: Path) -> tuple[nn.Module, ModelCard]:
     """The network of a checkpoint, in evaluation mode on the CPU, and its card.
+
+    Args:
+        path: A best.ckpt or last.ckpt.
+
+    Returns:
+        The network, from images (B, 3, S, S) in [0, 1] to logits (B, num_classes), and the card.
 
     Raises:
         StudyError: See `read_checkpoint`; or the network is unknown here, or the weights do not fit it.
@@ -90,7 +140,7 @@ def load_network(path: Path) -> tuple[nn.Module, ModelCard]:
     from dynconv_vision.models import create_model
 
     checkpoint = read_checkpoint(path)
-    card = ModelCard.from_dict(checkpoint[_KEY])
+    card = ModelCard.from_dict(checkpoint[_KEY], f"checkpoint: {path}")
     try:
         model = create_model(card.model, card.num_classes, card.image_size, **card.options)
     except (ValueError, TypeError) as error:
@@ -112,6 +162,8 @@ def load_weights(model: nn.Module, checkpoint: dict[str, Any], complaint: str) -
             raise StudyError(f"{complaint}: {name} is missing")
         if name not in own:
             raise StudyError(f"{complaint}: {name} is unknown to the network")
+        if not isinstance(weights[name], torch.Tensor):
+            raise StudyError(f"{complaint}: {name}: got a {type(weights[name]).__name__}, expected a tensor")
         if own[name].shape != weights[name].shape:
             got, expected = tuple(weights[name].shape), tuple(own[name].shape)
             raise StudyError(f"{complaint}: {name}: got shape {got}, expected {expected}")

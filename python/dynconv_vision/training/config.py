@@ -13,6 +13,7 @@ from typing import Any, Self
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "float32", "bf16")
 SCHEDULES = ("constant", "cosine")
+_LARGEST_SEED = 2**63 - 1  # what torch.manual_seed takes
 
 
 class StudyError(ValueError):
@@ -68,7 +69,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require_int(self, "epochs", 1)
         _require_int(self, "batch_size", 1)
-        _require_int(self, "seed", 0)
+        _require_int(self, "seed", 0, _LARGEST_SEED)
         _require_number(self, "learning_rate", 0.0, open_low=True)
         _require_number(self, "weight_decay", 0.0)
         _require_number(self, "warmup_epochs", 0.0)
@@ -127,10 +128,11 @@ def read_json(path: Path) -> Any:
         raise StudyError(f"{path}: not a JSON file ({error})") from None
 
 
-def _require_int(config: TrainConfig, name: str, low: int) -> None:
+def _require_int(config: TrainConfig, name: str, low: int, high: int | None = None) -> None:
     value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise StudyError(f"{name}: got {value!r}, expected a whole number >= {low}")
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        upper = "" if high is None else f" and <= {high}"
+        raise StudyError(f"{name}: got {value!r}, expected a whole number >= {low}{upper}")
 
 
 def _require_number(

@@ -167,7 +167,7 @@ class ImageDataModule(pl.LightningDataModule):
 
 
 def prepare_images(images: Tensor, channels_last: bool = True) -> Tensor:
-    """uint8 images (B, 3, S, S) as float32 in [0, 1], in the wanted memory format."""
+    """uint8 images (B, 3, S, S) as float32 in [0, 1], channels last in memory unless `channels_last` is false."""
     images = images.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     return images.float().div_(255)
 

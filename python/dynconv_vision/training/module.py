@@ -61,6 +61,7 @@ class ClassificationModule(pl.LightningModule):
         self.loss = nn.CrossEntropyLoss(reduction="none", label_smoothing=config.label_smoothing)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S) in [0, 1] to logits (B, num_classes)."""
         return self.model(images)
 
     def on_fit_start(self) -> None:
@@ -200,6 +201,9 @@ def select_channels(model: nn.Module, images: Tensor, channels: Sequence[str]) -
         model: A network that takes named channels, or one that needs all three: that gets zeros for the missing ones.
         images: (B, 3, S, S), red first.
         channels: Names out of R, G, B.
+
+    Returns:
+        Images (B, m, S, S) of the m channels, or (B, 3, S, S) with zeros, and what else to pass to `model`.
 
     Raises:
         StudyError: A name is unknown or repeated, or there is none.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import math
 import os
 import platform
 import sys
@@ -26,7 +27,8 @@ import torchvision
 
 from dynconv_vision.data import load_dataset
 from dynconv_vision.models import count_flops, count_parameters, create_model
-from dynconv_vision.reporting import write_report
+from dynconv_vision.reporting import ResultsError, write_report
+from dynconv_vision.reporting.source_report import CHANNEL_SETS
 
 from .callbacks import BEST, TrainingInterrupted
 from .checkpoints import ModelCard, load_network
@@ -35,8 +37,8 @@ from .datamodule import Dataset, Split
 from .hardware import describe_hardware, resolve_device, resolve_precision
 from .train import evaluate_model, train_model
 
-CHANNEL_SETS = ("R", "G", "B", "RG", "RB", "GB", "RGB")
 CONFIG, RESULT, RESULTS = "config.json", "result.json", "results.json"
+_DATA_LOCK = ".data.lock"
 
 
 @dataclass(frozen=True)
@@ -100,13 +102,20 @@ class StudyConfig:
         """The inverse of `to_dict`.
 
         Raises:
-            StudyError: A setting is missing or unknown.
+            StudyError: A setting is missing, unknown or of another type.
         """
         try:
             train = TrainConfig.from_dict(values["train"])
-            return cls(**values | {"models": tuple(values["models"]), "train": train})
+            config = cls(**values | {"models": tuple(values["models"]), "train": train})
         except (KeyError, TypeError) as error:
             raise StudyError(f"{CONFIG}: a setting is missing or unknown: {error}") from None
+        kinds = {"task": str, "preset": str, "data": str, "image_size": int, "denoise": bool, "normalize": bool}
+        for name, kind in kinds.items():
+            if not isinstance(getattr(config, name), kind):
+                raise StudyError(f"{CONFIG}: {name}: got {getattr(config, name)!r}, expected a {kind.__name__}")
+        if not isinstance(config.limits, dict | None):
+            raise StudyError(f"{CONFIG}: limits: got {config.limits!r}, expected numbers by split, or null")
+        return config
 
 
 def main(study: Study, argv: Sequence[str] | None = None) -> int:
@@ -123,12 +132,22 @@ def main(study: Study, argv: Sequence[str] | None = None) -> int:
     except (StudyError, TrainingInterrupted, KeyboardInterrupt) as stop:
         if isinstance(stop, StudyError):
             _say(f"error: {stop}")
+            if folder is not None and not options.resume:
+                _remove_if_unused(folder)
             return 2
         number = stop.signal if isinstance(stop, TrainingInterrupted) else 2
         if folder is not None:
             _say(f"Stopped; resume with: python {sys.argv[0]} --output {folder} --resume")
         return 128 + number
     return 0
+
+
+def _remove_if_unused(folder: Path) -> None:
+    """Take back a run's folder that holds nothing but its settings, so that the mended command may use it."""
+    if _is_main_process() and {path.name for path in folder.iterdir()} <= {CONFIG, _DATA_LOCK}:
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
 
 
 def run_study(study: Study, config: StudyConfig, folder: Path) -> dict[str, Any]:
@@ -177,6 +196,8 @@ def run_study(study: Study, config: StudyConfig, folder: Path) -> dict[str, Any]
                 write_json(result, entry)
         if _is_main_process():
             models[name] = read_json(result)
+            if not isinstance(models[name], dict):
+                raise StudyError(f"{result}: got {models[name]!r}, expected an object; delete it to test {name} again")
     results = {
         "task": config.task,
         "dataset": dataset.name,
@@ -199,7 +220,11 @@ def run_study(study: Study, config: StudyConfig, folder: Path) -> dict[str, Any]
     }
     if _is_main_process():
         write_json(folder / RESULTS, results)
-        print(f"\n{write_report(folder)}\nReport, figures and results: {folder}")
+        try:
+            report = write_report(folder)
+        except ResultsError as error:
+            raise StudyError(str(error)) from error
+        print(f"\n{report}\nReport, figures and results: {folder}")
     return results
 
 
@@ -216,7 +241,7 @@ def measure_checkpoint(checkpoint: Path, split: Split, **settings: Any) -> dict[
         accuracies by channel set.
 
     Raises:
-        StudyError: The checkpoint or the labels do not fit.
+        StudyError: The checkpoint or the labels do not fit, or the loss is no finite number.
     """
     model, card = load_network(checkpoint)
     channels: dict[str, float] = {}
@@ -227,6 +252,8 @@ def measure_checkpoint(checkpoint: Path, split: Split, **settings: Any) -> dict[
             channels[name] = _percent(measured["accuracy"])
     else:
         measured = evaluate_model(model, split, card.num_classes, **settings)
+    if not math.isfinite(measured["loss"]):
+        raise StudyError(f"checkpoint: {checkpoint}: got a loss of {measured['loss']}: the network has diverged")
     whole = {"accuracy": _percent(measured["accuracy"]), "loss": measured["loss"]}
     return {"model": card.model, "images": len(split)} | whole | ({"channels": channels} if channels else {})
 
@@ -308,6 +335,8 @@ def _open_run(study: Study, options: argparse.Namespace) -> tuple[Path, StudyCon
                 raise StudyError(f"--models: got {name!r}, expected names out of {', '.join(study.networks)}")
         if len(set(explicit["models"])) != len(explicit["models"]):
             raise StudyError(f"--models: got {' '.join(explicit['models'])}, expected each name once")
+    if explicit.get("data") == "":
+        raise StudyError("--data: got '', expected a folder, 'generated' or 'cifar10[:FOLDER]'")
     if explicit.get("image_size", 1) < 1:
         raise StudyError(f"--image-size: got {explicit['image_size']}, expected a whole number >= 1")
 
@@ -324,8 +353,11 @@ def _open_run(study: Study, options: argparse.Namespace) -> tuple[Path, StudyCon
                 raise StudyError(
                     f"--output: {folder} exists and is not empty; continue it with --resume, or take another"
                 )
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / CONFIG, config.to_dict())
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(folder / CONFIG, config.to_dict())
+            except OSError as error:
+                raise StudyError(f"--output: cannot write in {folder}: {error.strerror}") from None
     return folder, config
 
 
@@ -378,6 +410,9 @@ def _resumed(study: Study, folder: Path, preset: str | None, explicit: dict[str,
     config = StudyConfig.from_dict(read_json(folder / CONFIG))
     if config.task != study.task:
         raise StudyError(f"--resume: {folder} is a run of {config.task}, expected {study.task}")
+    if unknown := [name for name in config.models if name not in study.networks]:
+        known = ", ".join(study.networks)
+        raise StudyError(f"--resume: {folder / CONFIG}: models: got {unknown[0]!r}, expected names out of {known}")
     wanted = _configured(study, preset or config.preset, explicit)
     for name in explicit | ({"preset": preset} if preset else {}):
         there, here = (getattr(each.train if name in _TRAIN_OPTIONS else each, name) for each in (config, wanted))
@@ -422,6 +457,6 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
     import fcntl  # not on Windows, where torchrun's backends are not either
 
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".data.lock").open("w") as file:
+    with (folder / _DATA_LOCK).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

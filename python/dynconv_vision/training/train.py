@@ -66,6 +66,9 @@ def train_model(
         resume: Go on from last.ckpt if there is one; a finished training is only read back.
         progress: Show a bar, where stderr is a terminal, and a line an epoch.
 
+    Returns:
+        All epochs, and the one whose weights the model now holds.
+
     Raises:
         StudyError: The folder holds another training, or training diverged.
         TrainingInterrupted: SIGINT or SIGTERM came; the state is saved.
