@@ -20,6 +20,8 @@ TOLERANCE = {
     torch.bfloat16: 1.5e-2,
     torch.float16: 2e-3,
 }
+# float32 with products rounded to TF32, which has float16's 10 bits of mantissa.
+TOLERANCE_TF32 = 2e-3
 
 
 @dataclass(frozen=True)

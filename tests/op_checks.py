@@ -26,7 +26,7 @@ def in_double(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 def random_like(t: Tensor, seed: int = 7) -> Tensor:
     """Normal values of t's shape and dtype, the same in every dtype but for rounding."""
-    return torch.randn(t.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(t.dtype)
+    return torch.randn(t.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(t)
 
 
 def assert_matches_reference(

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""deform_conv2d's CUDA kernels against the reference, on the host emulation.
+
+Not collected by itself: test_deform_conv2d_cuda.py runs it under the sanitizers, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+import op_checks
+import operators
+from dynconv_ext import reference
+from op_cases import DEFORM_CASES, TOLERANCE, TOLERANCE_TF32, DeformCase, case_id
+
+torch.ops.load_library(os.environ["DYNCONV_EMULATED_OPERATORS"])
+# The emulation's threads are one thread of the host.
+torch.set_num_threads(1)
+
+_shared = {case.name: case for case in DEFORM_CASES}
+CASES = [
+    *(_shared[name] for name in ("small", "no_mask_no_bias", "offset_groups_cross_groups", "far_outside")),
+    replace(_shared["all_different"], batch=5),
+    replace(_shared["depthwise"], size=(3, 3)),
+    DeformCase("chunks_read_at_once", channels=32, out_channels=24, size=(5, 4), offset_groups=2),
+    DeformCase("groups_of_whole_chunks", channels=32, out_channels=16, size=(3, 4), groups=2, bias=False),
+    DeformCase("several_chunks_and_a_tail", channels=72, size=(4, 3), kernel=(1, 2), padding=(0, 1)),
+    DeformCase("wide_output", channels=8, out_channels=150, size=(5, 4), kernel=(1, 1), padding=(0, 0)),
+    DeformCase("tiles_across_images", batch=7, channels=4, size=(13, 12), kernel=(1, 1), padding=(0, 0)),
+]
+PRECISIONS = {"float64": torch.float64, "float32": torch.float32, "tf32": torch.float32,
+              "bfloat16": torch.bfloat16, "float16": torch.float16}  # fmt: skip
+
+
+def check(case: DeformCase, precision: str, channels_last: bool, deterministic: bool = False, **options) -> None:
+    dtype = PRECISIONS[precision]
+    tf32 = precision == "tf32"
+    op_checks.assert_matches_reference(
+        case,
+        operators.deform_conv2d(tf32, deterministic),
+        reference.deform_conv2d,
+        case.tensors(dtype, channels_last, **options),
+        TOLERANCE_TF32 if tf32 else TOLERANCE[dtype],
+    )
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_matches_reference(case, precision, channels_last):
+    check(case, precision, channels_last)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["small", "offset_groups_cross_groups", "chunks_read_at_once"])
+def test_deterministic_way_matches_reference(name, precision):
+    case = next(case for case in CASES if case.name == name)
+    check(case, precision, channels_last=precision == "bfloat16", deterministic=True)
+
+
+def test_float32_offset_beside_half():
+    check(_shared["small"], "bfloat16", channels_last=True, offset_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("wanted", range(5), ids=DeformCase.names)
+def test_only_the_gradient_asked_for(wanted):
+    case = replace(_shared["all_different"], batch=2)
+    op_checks.assert_computes_only_the_gradient(wanted, case, operators.deform_conv2d(), reference.deform_conv2d)
+
+
+def test_any_strides():
+    op_checks.assert_takes_any_strides(replace(_shared["all_different"], batch=2), operators.deform_conv2d())
+
+
+def test_channels_last_gradient_of_a_contiguous_output():
+    case = _shared["small"]
+    tensors, expected = case.tensors(torch.float32), case.tensors(torch.float32)
+    out = case.call(operators.deform_conv2d(), tensors)
+    grad = torch.randn(out.shape).contiguous(memory_format=torch.channels_last)
+    out.backward(grad)
+    case.call(reference.deform_conv2d, expected).backward(grad)
+    for name, a, b in zip(case.names, tensors, expected, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -1.0, 3.0, 1e30], ids=str)
+def test_borders_and_unusual_coordinates(value, channels_last):
+    results = []
+    for function in (operators.deform_conv2d(), reference.deform_conv2d):
+        x = torch.arange(1.0, 73.0).reshape(1, 8, 3, 3)
+        if channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        offset = torch.zeros(1, 2, 3, 3)
+        offset[0, 0, 0, 0] = value
+        offset[0, 1, 2, 1] = value
+        tensors = [x.requires_grad_(), offset.requires_grad_(), torch.ones(2, 8, 1, 1, requires_grad=True)]
+        mask = torch.full((1, 1, 3, 3), 0.5, requires_grad=True)
+        out = function(*tensors, mask=mask)
+        out.sum().backward()
+        results.append([out.detach(), *(t.grad for t in (*tensors, mask))])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, equal_nan=True)
+
+
+def test_corner_outside_is_not_read():
+    x = torch.full((1, 1, 2, 2), 3.0)
+    x[0, 0, 0, 0] = float("inf")
+    offset = torch.zeros(1, 2, 2, 2)
+    offset[:, :, 1, 1] = 0.5
+    assert operators.deform_conv2d()(x, offset, torch.ones(1, 1, 1, 1))[0, 0, 1, 1].item() == 0.75
+
+
+def test_empty_batch():
+    case = replace(_shared["small"], batch=0)
+    tensors = case.tensors(torch.float32)
+    out = case.call(operators.deform_conv2d(), tensors)
+    assert out.shape == case.out_shape
+    out.sum().backward()
+    assert all((t.grad == 0).all() for t in tensors)
