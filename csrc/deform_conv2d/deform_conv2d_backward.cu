@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_data_kernel(const DataAr
     // The last tap's samples and extras have been read.
     locate(tap);
     acc_t sums_of_dots[kItems][4] = {};
-    Step step(a.steps, a.steps.first_group(d), d, tap, 0);
+    Step step(a.steps.first_group(d), d, tap, 0);
     copy_weight(step, 0, buffer);
     for (bool more = true; more;) {
       typename Product::template Sums<kWarpM, kWarpN> sums;
@@ -135,8 +135,8 @@ __global__ void __launch_bounds__(kThreads, 2) backward_data_kernel(const DataAr
       for (int item = 0; item < kItems; ++item) {
         const ChunkPlace<vectors, kPixels> place(thread + item * kThreads);
         const Sample<acc_t>& sample = samples[place.row];
-        const int channel = step.channel + place.chunk * T::kChunk;
-        const int count = chunk_count<T>(step.channels, place.chunk);
+        const int channel = step.channel(a.steps) + place.chunk * T::kChunk;
+        const int count = chunk_count<T>(step.channels(a.steps), place.chunk);
         const acc_t* const at = gradients + place.row * Shared::kStride + place.chunk * T::kChunk;
         acc_t gradient[T::kChunk];
         DYNCONV_UNROLL
@@ -202,9 +202,9 @@ __global__ void pack_weight_transposed_kernel(const Steps steps, const typename 
   const int o = int(chunk % output_chunks) * T::kRow + int(i % T::kRow);
   const Step step(steps, int(chunk / output_chunks));
   typename T::operand_t value{};
-  if (row < step.channels && o < steps.group_out_channels) {
+  if (row < step.channels(steps) && o < steps.group_out_channels) {
     const int64_t out_channel = int64_t(step.g) * steps.group_out_channels + o;
-    const int channel = step.channel + row - step.g * steps.group_channels;
+    const int channel = step.channel(steps) + row - step.g * steps.group_channels;
     value = as_operand<typename T::storage_t, typename T::operand_t>(
         weight[(out_channel * steps.group_channels + channel) * steps.taps + step.tap]);
   }

@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_weight_kernel(const Weig
   const int step_number = int(blockIdx.x / unsigned(a.output_tiles) % unsigned(steps));
   const int share = int(blockIdx.x / unsigned(a.output_tiles) / unsigned(steps));
   const Step step(a.steps, step_number);
-  if (step.channels == 0) return;
+  if (step.channels(a.steps) == 0) return;
   const int64_t begin = share * a.rows_of_share;
   const int64_t end = begin + a.rows_of_share < a.rows ? begin + a.rows_of_share : a.rows;
 
@@ -95,8 +95,8 @@ __global__ void __launch_bounds__(kThreads, 2) backward_weight_kernel(const Weig
       for (int item = 0; item < kItems; ++item) {
         const ChunkPlace<vectors, kPixels> place(thread + item * kThreads);
         const Sample<acc_t>& sample = samples[fill * kPixels + place.row];
-        const int channel = step.channel + place.chunk * T::kChunk;
-        const int count = chunk_count<T>(step.channels, place.chunk);
+        const int channel = step.channel(a.steps) + place.chunk * T::kChunk;
+        const int count = chunk_count<T>(step.channels(a.steps), place.chunk);
         SampledChunk<T, vectors> chunk;
         chunk.fetch(image, sample, channel, count);
         chunk.write(image, sample, channel, count,
@@ -132,7 +132,7 @@ __global__ void add_weight_shares_kernel(const Steps steps, const typename T::ac
   const int channel = g * steps.group_channels + c;
   const int d = channel / steps.offset_channels;
   const int place = channel - steps.begin(g, d);
-  const Step step(steps, g, d, tap, place / steps.row);
+  const Step step(g, d, tap, place / steps.row);
   const int64_t at = (step.number(steps) * padded_outputs + o) * T::kRow + place % steps.row;
   const int64_t share_size = steps.count() * padded_outputs * T::kRow;
   typename T::acc_t sum = 0;

@@ -79,11 +79,8 @@ struct Steps {
 
 struct Step {
   int g, d, tap, chunk;
-  int channel, channels;  // first, and how many; none for a number that stands for no step
 
-  __host__ __device__ Step(const Steps& s, int g_, int d_, int tap_, int chunk_) : g(g_), d(d_), tap(tap_), chunk(chunk_) {
-    locate(s);
-  }
+  __host__ __device__ Step(int g_, int d_, int tap_, int chunk_) : g(g_), d(d_), tap(tap_), chunk(chunk_) {}
   __host__ __device__ Step(const Steps& s, int number) {
     chunk = number % s.chunks;
     number /= s.chunks;
@@ -91,10 +88,15 @@ struct Step {
     number /= s.taps;
     g = number / s.segments;
     d = s.first_offset_group(g) + number % s.segments;
-    locate(s);
   }
   __host__ __device__ int number(const Steps& s) const {
     return ((g * s.segments + d - s.first_offset_group(g)) * s.taps + tap) * s.chunks + chunk;
+  }
+  // The first channel, and how many there are: none for a number that stands for no step.
+  __host__ __device__ int channel(const Steps& s) const { return s.begin(g, d) + chunk * s.row; }
+  __host__ __device__ int channels(const Steps& s) const {
+    const int rest = g < s.groups && d < s.offset_groups ? s.end(g, d) - channel(s) : 0;
+    return rest < 0 ? 0 : rest < s.row ? rest : s.row;
   }
   // The next step of weight group g: chunks first, then taps, then offset groups. False after the last.
   __host__ __device__ bool advance_in_group(const Steps& s) {
@@ -102,23 +104,16 @@ struct Step {
       chunk = 0;
       if (++tap == s.taps) tap = 0, ++d;
     }
-    locate(s);
-    return channels > 0;
+    return channels(s) > 0;
   }
   // The next step of offset group d and this tap: chunks first, then weight groups. False after the last.
   __host__ __device__ bool advance_in_tap(const Steps& s) {
     if (!next_chunk(s)) chunk = 0, ++g;
-    locate(s);
-    return channels > 0;
+    return channels(s) > 0;
   }
 
  private:
   __host__ __device__ bool next_chunk(const Steps& s) { return s.begin(g, d) + ++chunk * s.row < s.end(g, d); }
-  __host__ __device__ void locate(const Steps& s) {
-    channel = s.begin(g, d) + chunk * s.row;
-    const int rest = g < s.groups && d < s.offset_groups ? s.end(g, d) - channel : 0;
-    channels = rest < 0 ? 0 : rest < s.row ? rest : s.row;
-  }
 };
 
 // ------------------------------------------------------------------------------------------------- where taps sample

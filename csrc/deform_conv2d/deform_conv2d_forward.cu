@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<typename T::operand_t
   const int warp_m = warp % Tile::kWarpsM * Tile::kWarpM, warp_n = warp / Tile::kWarpsM * Tile::kWarpN;
 
   // `ahead` is the step to be sampled, the product is one step behind.
-  Step ahead(a.steps, g, a.steps.first_offset_group(g), 0, 0);
+  Step ahead(g, a.steps.first_offset_group(g), 0, 0);
   int fill = 0;
   locate(ahead);
   __syncthreads();
@@ -103,8 +103,8 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<typename T::operand_t
       const bool fetches = more && slice % (kSlices / kItems) == 0;
       const ChunkPlace<vectors, Tile::kPixels> place(thread + slice / (kSlices / kItems) * kThreads);
       const Sample<acc_t>& sample = samples_of(ahead)[place.row];
-      const int channel = ahead.channel + place.chunk * T::kChunk;
-      const int count = chunk_count<T>(ahead.channels, place.chunk);
+      const int channel = ahead.channel(a.steps) + place.chunk * T::kChunk;
+      const int count = chunk_count<T>(ahead.channels(a.steps), place.chunk);
       SampledChunk<T, vectors> chunk;
       if (kPrefetches && fetches) chunk.fetch(image, sample, channel, count);
       if (has_product)
@@ -155,9 +155,9 @@ __global__ void pack_weight_kernel(const Steps steps, const typename T::storage_
   const int o = int(i / T::kRow % padded_outputs);
   const Step step(steps, int(i / T::kRow / padded_outputs));
   typename T::operand_t value{};
-  if (column < step.channels && o < steps.group_out_channels) {
+  if (column < step.channels(steps) && o < steps.group_out_channels) {
     const int64_t out_channel = int64_t(step.g) * steps.group_out_channels + o;
-    const int channel = step.channel + column - step.g * steps.group_channels;
+    const int channel = step.channel(steps) + column - step.g * steps.group_channels;
     value = as_operand<typename T::storage_t, typename T::operand_t>(
         weight[(out_channel * steps.group_channels + channel) * steps.taps + step.tap]);
   }
