@@ -95,8 +95,8 @@ DYNCONV_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], cons
 
 DYNCONV_DEVICE uint32_t to_tf32(float value) {
   const uint32_t bits = __float_as_uint(value);
-  // Half a unit of the 10th bit is added to the magnitude; what is cut off then is no more than that.
   if ((bits & 0x7f800000u) == 0x7f800000u) return value != value ? 0x7fffffffu : bits;
+  // Half a unit of the 10th bit more, then cut off; the sign stands apart, so ties go away from zero.
   return (bits + 0x1000u) & 0xffffe000u;
 }
 
