@@ -92,8 +92,7 @@ def test_races(name: str):
     assert re.search("SUMMARY: ThreadSanitizer: data race .*self_test.cu:", result.stderr)
 
 
-def test_rebuilds_what_changed(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "BUILD", tmp_path / "build")
+def test_rebuilds_what_changed(tmp_path):
     (tmp_path / "answer.h").write_text("#define ANSWER 1\n")
     source = tmp_path / "answer.cpp"
     source.write_text('#include "answer.h"\nextern "C" int answer() { return ANSWER; }\n')

@@ -42,8 +42,8 @@ struct Thread {
 
 struct Warp {
   Barrier barrier;
-  // Exchanges take turns with two slots. That suffices: a lane writes to a slot again two exchanges later, and gets there
-  // only through the barrier of the exchange between, which every lane reaches after it has read the first.
+  // Exchanges take turns with two slots. That suffices: a lane writes to a slot again two exchanges later, and gets
+  // there only through the barrier of the exchange between, which every lane reaches after it has read the first.
   unsigned char slots[2][warp_size * exchange_bytes];
 };
 

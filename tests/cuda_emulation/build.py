@@ -71,14 +71,17 @@ def build(
         RuntimeError: The compiler failed; with its command and messages.
     """
     backend = "os_threads.cpp" if mode == "thread" else "fibers.cpp"
-    paths = [Path(source).resolve() for source in sources] + [EMULATION / "emulation.cpp", EMULATION / backend]
-    folder = BUILD / mode / name
-    folder.mkdir(parents=True, exist_ok=True)
-    flags = [*COMPILE_FLAGS, *MODE_FLAGS[mode], f"-I{EMULATION}", f"-I{ROOT / 'csrc'}", *compile_flags]
+    folder = BUILD / mode
+    own = [*COMPILE_FLAGS, *MODE_FLAGS[mode], f"-I{EMULATION}", f"-I{ROOT / 'csrc'}"]
+    # The emulation's objects serve everything that is built in a mode.
+    compilations = [(EMULATION / file, folder / "emulation", own) for file in ("emulation.cpp", backend)]
+    compilations += [(Path(source).resolve(), folder / name, [*own, *compile_flags]) for source in sources]
+    for _, objects_folder, _ in compilations:
+        objects_folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
         with ThreadPoolExecutor(JOBS) as pool:
-            objects = list(pool.map(lambda path: _compile(path, folder, flags), paths))
-        target = folder / (f"{name}.so" if shared else name)
+            objects = list(pool.map(lambda arguments: _compile(*arguments), compilations))
+        target = folder / name / (f"{name}.so" if shared else name)
         link = [COMPILER, *MODE_FLAGS[mode], *(["-shared"] if shared else []), *map(str, objects), *link_flags]
         _make(target, [*link, "-ldl", "-pthread", "-o", str(target)], objects)
     return target

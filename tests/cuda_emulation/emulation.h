@@ -2,9 +2,9 @@
 // A host emulation of CUDA's execution model: what cuda_runtime.h and ptx.h of this folder are built on.
 //
 // The blocks of a grid run one after another. The threads of a block are fibers of the calling thread, switched where
-// they wait for each other (the default, for AddressSanitizer and UBSan), or, with DYNCONV_EMULATION_THREADS, threads of
-// the operating system (for ThreadSanitizer, to which blocks look concurrent: nothing orders one block's accesses after
-// another's). Blocks and grids have one dimension. Shared memory is dynamic only.
+// they wait for each other (the default, for AddressSanitizer and UBSan), or, with DYNCONV_EMULATION_THREADS, threads
+// of the operating system (for ThreadSanitizer, to which blocks look concurrent: nothing orders one block's accesses
+// after another's). Blocks and grids have one dimension. Shared memory is dynamic only.
 #pragma once
 
 #include <array>

@@ -34,20 +34,17 @@ struct Operands {
   uint32_t a[4], b[2];
 };
 
-// The k-th 16-bit number, as a float, of a fragment's register pair: k % 8 / 2 is the lane in the group of four, k / 8
-// the register, k % 2 the half.
-inline float half_of(bfloat16, uint32_t word, int half) {
-  return to_acc(bfloat16{uint16_t(word >> (16 * half))});
-}
+// The low (0) or high (1) half of a register.
+inline float half_of(bfloat16, uint32_t word, int half) { return to_acc(bfloat16{uint16_t(word >> (16 * half))}); }
 inline float half_of(float16, uint32_t word, int half) { return to_acc(float16{uint16_t(word >> (16 * half))}); }
 
 template <class T>
 void mma_of_halves(const char* operation, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  const auto lanes =
-      dynconv_emulation::exchange(operation, Operands{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}});
+  const auto lanes = dynconv_emulation::exchange(operation, Operands{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}});
   const int g = dynconv_emulation::lane() / 4, t = dynconv_emulation::lane() % 4;
   for (int i = 0; i < 4; ++i) {
     const int below = i / 2, column = 2 * t + i % 2;  // d[i] is at row g + 8 * below
+    // Products are exact in float. The device adds them up in another order, and with other rounding.
     for (int k = 0; k < 16; ++k) {
       const int right = k / 8, quad = k % 8 / 2, half = k % 2;
       d[i] += half_of(T{}, lanes[4 * g + quad].a[below + 2 * right], half) *
@@ -98,8 +95,8 @@ DYNCONV_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], cons
 
 DYNCONV_DEVICE uint32_t to_tf32(float value) {
   const uint32_t bits = __float_as_uint(value);
-  // Half a unit of the 10th bit is added to the magnitude; what is cut off then is no more than that.
   if ((bits & 0x7f800000u) == 0x7f800000u) return value != value ? 0x7fffffffu : bits;
+  // Half a unit of the 10th bit more, then cut off; the sign stands apart, so ties go away from zero.
   return (bits + 0x1000u) & 0xffffe000u;
 }
 

@@ -1,16 +1,18 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Kernels that are right, and kernels with a mistake each, to test the emulation: self_test NAME runs one, and ends with
-// 0 if it computed what it should, 1 with a message if it did not.
+// Kernels that are right, and kernels with a mistake each, to test the emulation: self_test NAME runs one, and ends
+// with 0 if it computed what it should, 1 with a message if it did not.
 #include <ptx.h>
 
 #include "common/cuda/launch.h"
 
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <exception>
 #include <memory>
 #include <numeric>
-#include <vector>
+#include <stdexcept>
+#include <string>
 
 using namespace dynconv;
 
@@ -61,14 +63,14 @@ void test_reduction() {
 
 // --------------------------------------------------------------------------------------------------- matrix products
 
-// out (16x8) = a (16xK) b (Kx8), K = 16. a lies by rows; b by rows (b_by_rows), or by columns.
+// out (16x8) = 1 + a (16x16) b (16x8). a lies by rows; b by rows (b_by_rows), or by columns.
 template <class T, bool b_by_rows>
 __global__ void product_of_halves(const T* a, const T* b, float* out) {
   T* shared_a = reinterpret_cast<T*>(dynamic_shared());
   T* shared_b = shared_a + 256;
   const int lane = int(threadIdx.x), row = lane % 8, matrix = lane / 8;
   for (int i = lane; i < 256; i += 32) shared_a[i] = a[i];
-  // In 8x8 tiles of consecutive rows of 16 bytes; the second half repeats the first, for there are two tiles only.
+  // Twice: ldmatrix loads four tiles, and b has two.
   for (int i = lane; i < 256; i += 32) shared_b[i] = b[i % 128];
   __syncwarp();
   uint32_t fa[4], fb[4];
@@ -100,7 +102,7 @@ void test_product_of_halves() {
   }
 }
 
-// out (16x8) = a (16x8) b (8x8); a by rows, b by columns. One ldmatrix loads a, half of another b.
+// out (16x8) = a (16x8) b (8x8); a by rows, b by columns.
 __global__ void product_tf32(const float* a, const float* b, float* out) {
   auto* shared_a = reinterpret_cast<uint32_t*>(dynamic_shared());
   uint32_t* shared_b = shared_a + 128;
@@ -132,18 +134,25 @@ void test_product_tf32() {
   }
 }
 
+__global__ void conversions(const float* values, uint32_t* tf32, uint32_t* packed, float* unpacked) {
+  for (int i = 0; i < 5; ++i) tf32[i] = to_tf32(values[i]);
+  packed[0] = pack_halves(bfloat16{}, 1, -2);
+  packed[1] = pack_halves(float16{}, 1, -2);
+  unpack_halves(bfloat16{}, packed[0], unpacked, unpacked + 1);
+  unpack_halves(float16{}, packed[1], unpacked + 2, unpacked + 3);
+}
+
 void test_conversions() {
-  check(to_tf32(1 + 0x1p-11f) == __float_as_uint(1 + 0x1p-10f), "ties away from zero");
-  check(to_tf32(-1 - 0x1p-11f) == __float_as_uint(-1 - 0x1p-10f), "ties away from zero");
-  check(to_tf32(1 + 0x1p-12f) == __float_as_uint(1), "to nearest");
-  check(to_tf32(INFINITY) == __float_as_uint(INFINITY) && std::isnan(__uint_as_float(to_tf32(NAN))), "inf and NaN");
-  float low, high;
-  check(pack_halves(bfloat16{}, 1, -2) == 0xc0003f80u, "bfloat16, the first in the low half");
-  check(pack_halves(float16{}, 1, -2) == 0xc0003c00u, "float16, the first in the low half");
-  unpack_halves(bfloat16{}, 0xc0003f80u, &low, &high);
-  check(low == 1 && high == -2, "bfloat16 back");
-  unpack_halves(float16{}, 0xc0003c00u, &low, &high);
-  check(low == 1 && high == -2, "float16 back");
+  const float values[5] = {1 + 0x1p-11f, -1 - 0x1p-11f, 1 + 0x1p-12f, INFINITY, NAN};
+  const float rounded[5] = {1 + 0x1p-10f, -1 - 0x1p-10f, 1, INFINITY, NAN};
+  uint32_t tf32[5], packed[2];
+  float result[5], unpacked[4];
+  check(launch(conversions, 1, 1, 0, nullptr, &values[0], &tf32[0], &packed[0], &unpacked[0]));
+  std::memcpy(result, tf32, sizeof(tf32));
+  for (int i = 0; i < 4; ++i) check(result[i] == rounded[i], "10 bits, to nearest, ties away from zero");
+  check(std::isnan(result[4]), "NaN");
+  check(packed[0] == 0xc0003f80u && packed[1] == 0xc0003c00u, "the first in the low half");
+  for (int i = 0; i < 4; ++i) check(unpacked[i] == (i % 2 ? -2 : 1), "the same numbers back");
 }
 
 // --------------------------------------------------------------------------------------------------------- shuffles
@@ -172,7 +181,7 @@ void test_shuffles() {
 
 // ------------------------------------------------------------------------------------------------ asynchronous copies
 
-// Each thread copies 4 numbers in each of two groups and writes what it sees after the first wait, then after the second.
+// Each thread copies 4 numbers in each of two groups and writes what it sees before and after the waits.
 __global__ void copy_in_two_groups(const float* from, float* out) {
   float* shared = reinterpret_cast<float*>(dynamic_shared()) + threadIdx.x * 8;
   copy_async_16(shared, from);
