@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_data_kernel(const DataAr
   const int warp_m = warp % kWarpsM * kWarpM, warp_n = warp / kWarpsM * kWarpN;
 
   const SampleSource<acc_t> source{{a.offset, a.offset_type}, {a.mask, a.offset_type}};
-  const Image<storage_t> image{static_cast<const storage_t*>(a.input), a.input_stride, a.geometry.width};
+  const Image<storage_t> image{static_cast<const storage_t*>(a.input), a.input_stride};
   const bool wants_dots = a.grad_offset != nullptr || a.grad_mask != nullptr;
 
   if (thread < kPixels) pixels[thread] = Pixel(a.geometry, first_row + thread, a.rows);
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_data_kernel(const DataAr
   };
   // Output gradients of weight group g, from chunk `first` on.
   auto load_grads_out = [&](int g, int first) {
-    const OutputGradients<T> from{static_cast<const storage_t*>(a.grad_out), a.grad_out_stride, a.geometry.out_width,
+    const OutputGradients<T> from{static_cast<const storage_t*>(a.grad_out), a.grad_out_stride,
                                   a.steps.group_out_channels, a.grad_out_vectors};
     for (int c = 0; c < resident && first + c < a.output_chunks; ++c)
       from.template load_tile<kPixels>(pixels, g, (first + c) * kRow, grads_out + c * kPixels * kRowBytes);
@@ -146,8 +146,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_data_kernel(const DataAr
         if (a.grad_input != nullptr) {
           DYNCONV_UNROLL
           for (int e = 0; e < T::kChunk; ++e) gradient[e] *= mask;
-          scatter<T, vectors>(Image<acc_t>{static_cast<acc_t*>(a.grad_input), a.input_stride, a.geometry.width}, sample,
-                              channel, count, gradient);
+          scatter<T, vectors>(static_cast<acc_t*>(a.grad_input), a.input_stride, sample, channel, count, gradient);
         }
         if (a.grad_columns != nullptr && pixels[place.row].image >= 0) {
           const int64_t row = first_row + place.row - a.first_row;
@@ -259,8 +258,8 @@ __global__ void __launch_bounds__(kThreads) owned_scatter_kernel(const OwnedArgu
         for (int i = 0; i < 4; ++i) {
           const int y = sample.top + i / 2;
           if ((sample.corners >> i & 1) == 0 || y < first || y >= last) continue;
-          const int64_t place = int64_t(y) * a.geometry.width + sample.left + i % 2;
-          grad_input[(int64_t(d) * a.offset_channels + c) * a.stride.channel + place * a.stride.pixel] +=
+          const int64_t place = y * a.stride.row + (sample.left + i % 2) * a.stride.pixel;
+          grad_input[(int64_t(d) * a.offset_channels + c) * a.stride.channel + place] +=
               sample.weight[i] * gradient[c];
         }
     }
@@ -347,8 +346,8 @@ cudaError_t run_backward(const DeformBackwardCall& call, void* workspace, cudaSt
     DataArguments a{Geometry(p),
                     steps,
                     call.forward.input,
-                    image_strides(p.channels, p.in_pixels(), p.channels_last),
-                    image_strides(p.out_channels, p.out_pixels(), call.grad_out_channels_last),
+                    image_strides(p.channels, p.height, p.width, p.channels_last),
+                    image_strides(p.out_channels, p.out_height, p.out_width, call.grad_out_channels_last),
                     call.forward.offset,
                     call.forward.mask,
                     call.forward.offset_type,

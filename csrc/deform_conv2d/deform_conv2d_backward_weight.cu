@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(kThreads, 2) backward_weight_kernel(const Weig
   const int64_t end = begin + a.rows_of_share < a.rows ? begin + a.rows_of_share : a.rows;
 
   const SampleSource<acc_t> source{{a.offset, a.offset_type}, {a.mask, a.offset_type}};
-  const Image<storage_t> image{static_cast<const storage_t*>(a.input), a.input_stride, a.geometry.width};
-  const OutputGradients<T> gradients{static_cast<const storage_t*>(a.grad_out), a.grad_out_stride, a.geometry.out_width,
+  const Image<storage_t> image{static_cast<const storage_t*>(a.input), a.input_stride};
+  const OutputGradients<T> gradients{static_cast<const storage_t*>(a.grad_out), a.grad_out_stride,
                                      a.steps.group_out_channels, a.grad_out_vectors};
   // Where the samples of pixels `row` on are; pixels and samples have two halves each.
   auto locate = [&](int64_t row, int half) {
@@ -241,13 +241,13 @@ cudaError_t run_backward_weight(const DeformBackwardCall& call, void* workspace,
   using acc_t = typename T::acc_t;
   const DeformConv2dParams& p = call.forward.params;
   const WeightPlan<T> plan(p);
-  const ImageStrides grad_out_stride = image_strides(p.out_channels, p.out_pixels(), call.grad_out_channels_last);
+  const ImageStrides grad_out_stride = image_strides(p.out_channels, p.out_height, p.out_width, call.grad_out_channels_last);
   auto* sums = static_cast<unsigned char*>(workspace);
   if (call.gradients.weight != nullptr) {
     const WeightArguments a{Geometry(p),
                             plan.steps,
                             call.forward.input,
-                            image_strides(p.channels, p.in_pixels(), p.channels_last),
+                            image_strides(p.channels, p.height, p.width, p.channels_last),
                             grad_out_stride,
                             call.forward.offset,
                             call.forward.mask,

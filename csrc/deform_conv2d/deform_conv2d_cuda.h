@@ -18,11 +18,11 @@ enum class DeformPrecision { float64, float32, tf32, bfloat16, float16 };
 
 // In elements; of a dense (N, C, H, W) tensor in either layout.
 struct ImageStrides {
-  int64_t batch, channel, pixel;
+  int64_t batch, channel, row, pixel;
 };
-inline ImageStrides image_strides(int64_t channels, int64_t pixels, bool channels_last) {
-  if (channels_last) return {channels * pixels, 1, channels};
-  return {channels * pixels, pixels, 1};
+inline ImageStrides image_strides(int64_t channels, int64_t height, int64_t width, bool channels_last) {
+  if (channels_last) return {channels * height * width, 1, channels * width, channels};
+  return {channels * height * width, height * width, width, 1};
 }
 
 // What both directions read. offset and mask have any strides (those in params).

@@ -14,7 +14,7 @@ template <class T>
 struct OutputGradients {
   const typename T::storage_t* data;
   ImageStrides stride;
-  int out_width, group_out_channels;
+  int group_out_channels;
   bool vectors;  // 16 bytes at once
 
   // One chunk of kChunk outputs o (of weight group g) of a pixel, as operands, to shared memory.
@@ -22,7 +22,7 @@ struct OutputGradients {
     const int rest = group_out_channels - o, count = pixel.image < 0 || rest < 0 ? 0 : rest < T::kChunk ? rest : T::kChunk;
     const typename T::storage_t* const from = data + pixel.image * stride.batch +
                                               (int64_t(g) * group_out_channels + o) * stride.channel +
-                                              (int64_t(pixel.y) * out_width + pixel.x) * stride.pixel;
+                                              pixel.y * stride.row + pixel.x * stride.pixel;
     typename T::acc_t v[T::kChunk];
     if (vectors) {
       ChannelChunk<T, true> chunk;
@@ -58,10 +58,11 @@ bool has_output_vectors(const DeformBackwardCall& call) {
 template <class T, bool vectors>
 DYNCONV_DEVICE void add_dots(const Image<typename T::storage_t>& image, const Sample<typename T::acc_t>& s, int channel,
                              int count, const typename T::acc_t (&gradient)[T::kChunk], typename T::acc_t (&dots)[4]) {
-  const CornerAddresses<T> at(image, s, channel);
+  const auto* const at = first_corner(image.data, image.stride, s, channel);
   ChannelChunk<T, vectors> corner[4];
   DYNCONV_UNROLL
-  for (int i = 0; i < 4; ++i) corner[i].load(at.corner(i), at.channel, s.corners >> i & 1 ? count : 0);
+  for (int i = 0; i < 4; ++i)
+    corner[i].load(at + corner_offset(image.stride, i), image.stride.channel, s.corners >> i & 1 ? count : 0);
   DYNCONV_UNROLL
   for (int i = 0; i < 4; ++i) {
     typename T::acc_t v[T::kChunk];
@@ -73,15 +74,14 @@ DYNCONV_DEVICE void add_dots(const Image<typename T::storage_t>& image, const Sa
 
 // Adds weight i times the gradient to corner i of the sums.
 template <class T, bool vectors>
-DYNCONV_DEVICE void scatter(const Image<typename T::acc_t>& sums, const Sample<typename T::acc_t>& s, int channel,
-                            int count, const typename T::acc_t (&gradient)[T::kChunk]) {
+DYNCONV_DEVICE void scatter(typename T::acc_t* sums, const ImageStrides& stride, const Sample<typename T::acc_t>& s,
+                            int channel, int count, const typename T::acc_t (&gradient)[T::kChunk]) {
   using acc_t = typename T::acc_t;
-  acc_t* const first = const_cast<acc_t*>(sums.data) + s.image * sums.stride.batch + channel * sums.stride.channel +
-                       (int64_t(s.top) * sums.width + s.left) * sums.stride.pixel;
+  acc_t* const first = first_corner(sums, stride, s, channel);
   DYNCONV_UNROLL
   for (int i = 0; i < 4; ++i) {
     if ((s.corners >> i & 1) == 0) continue;
-    acc_t* const to = first + ((i >> 1) * sums.width + (i & 1)) * sums.stride.pixel;
+    acc_t* const to = first + corner_offset(stride, i);
     const acc_t weight = s.weight[i];
     if constexpr (vectors && sizeof(acc_t) == 4) {
       if (count == 0) continue;
@@ -94,7 +94,7 @@ DYNCONV_DEVICE void scatter(const Image<typename T::acc_t>& sums, const Sample<t
     } else {
       DYNCONV_UNROLL
       for (int e = 0; e < T::kChunk; ++e)
-        if (e < count) add_global(to + e * sums.stride.channel, weight * gradient[e]);
+        if (e < count) add_global(to + e * stride.channel, weight * gradient[e]);
     }
   }
 }

@@ -224,7 +224,6 @@ template <class storage_t>
 struct Image {
   const storage_t* data;
   ImageStrides stride;
-  int64_t width;
 };
 
 // Numbers at `count` of kChunk neighbouring channels, the rest 0. vectors: 16 bytes at once, count is 0 or kChunk.
@@ -253,20 +252,14 @@ struct ChannelChunk<T, false> {
   }
 };
 
-// Where the four corners of a sample are, at a channel.
-template <class T>
-struct CornerAddresses {
-  const typename T::storage_t* first;
-  int64_t right, below, channel;
-
-  DYNCONV_DEVICE CornerAddresses(const Image<typename T::storage_t>& image, const Sample<typename T::acc_t>& s, int c)
-      : first(image.data + s.image * image.stride.batch + c * image.stride.channel +
-              (int64_t(s.top) * image.width + s.left) * image.stride.pixel),
-        right(image.stride.pixel),
-        below(image.width * image.stride.pixel),
-        channel(image.stride.channel) {}
-  DYNCONV_DEVICE const typename T::storage_t* corner(int i) const { return first + (i & 1) * right + (i >> 1) * below; }
-};
+// Where corner 0 of a sample is, at a channel.
+template <class number_t, class acc_t>
+DYNCONV_DEVICE number_t* first_corner(number_t* data, const ImageStrides& stride, const Sample<acc_t>& s, int channel) {
+  return data + s.image * stride.batch + channel * stride.channel + s.top * stride.row + s.left * stride.pixel;
+}
+DYNCONV_DEVICE int64_t corner_offset(const ImageStrides& stride, int corner) {
+  return (corner & 1 ? stride.pixel : 0) + (corner & 2 ? stride.row : 0);
+}
 
 // A chunk of sampled values: fetched, then (other work in between) summed and written as operands.
 template <class T, bool vectors>
@@ -278,9 +271,10 @@ struct SampledChunk<T, true> {
 
   DYNCONV_DEVICE void fetch(const Image<typename T::storage_t>& image, const Sample<typename T::acc_t>& s, int channel,
                             int count) {
-    const CornerAddresses<T> at(image, s, channel);
+    const auto* const at = first_corner(image.data, image.stride, s, channel);
     DYNCONV_UNROLL
-    for (int i = 0; i < 4; ++i) corner[i].load(at.corner(i), 1, s.corners >> i & 1 ? count : 0);
+    for (int i = 0; i < 4; ++i)
+      corner[i].load(at + corner_offset(image.stride, i), 1, s.corners >> i & 1 ? count : 0);
   }
   DYNCONV_DEVICE void write(const Image<typename T::storage_t>&, const Sample<typename T::acc_t>& s, int, int,
                             void* to) const {
@@ -302,12 +296,12 @@ struct SampledChunk<T, false> {
   DYNCONV_DEVICE void fetch(const Image<typename T::storage_t>&, const Sample<typename T::acc_t>&, int, int) {}
   DYNCONV_DEVICE void write(const Image<typename T::storage_t>& image, const Sample<typename T::acc_t>& s, int channel,
                             int count, void* to) const {
-    const CornerAddresses<T> at(image, s, channel);
+    const auto* const at = first_corner(image.data, image.stride, s, channel);
     typename T::acc_t sum[T::kChunk] = {};
     DYNCONV_NO_UNROLL
     for (int i = 0; i < 4; ++i) {
       ChannelChunk<T, false> corner;
-      corner.load(at.corner(i), at.channel, s.corners >> i & 1 ? count : 0);
+      corner.load(at + corner_offset(image.stride, i), image.stride.channel, s.corners >> i & 1 ? count : 0);
       typename T::acc_t v[T::kChunk];
       corner.get(v);
       const typename T::acc_t weight = s.weight[i];

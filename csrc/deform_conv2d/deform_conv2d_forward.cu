@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<typename T::operand_t
   const int first_output = output_tile * Tile::kOutputs;
 
   const SampleSource<acc_t> source{{a.offset, a.offset_type}, {a.mask, a.offset_type}};
-  const Image<storage_t> image{static_cast<const storage_t*>(a.input), a.input_stride, a.geometry.width};
+  const Image<storage_t> image{static_cast<const storage_t*>(a.input), a.input_stride};
   // Read once a tap only: registers are worth more.
   auto* const pixels = reinterpret_cast<Pixel*>(samples + 2 * Tile::kPixels);
   if (thread < Tile::kPixels) pixels[thread] = Pixel(a.geometry, first_row + thread, a.rows);
@@ -86,50 +86,59 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<typename T::operand_t
   typename Product::template Sums<Tile::kWarpM, Tile::kWarpN> sums;
   const int warp_m = warp % Tile::kWarpsM * Tile::kWarpM, warp_n = warp / Tile::kWarpsM * Tile::kWarpN;
 
-  // `ahead` is the step to be sampled, the product is one step behind.
+  // Samples `ahead` into one half of the shared memory, and multiplies what is in the other; either may be left out.
   Step ahead(g, a.steps.first_offset_group(g), 0, 0);
   int fill = 0;
-  locate(ahead);
-  __syncthreads();
-  bool more = true, has_product = false;
-  while (true) {
+  auto work = [&](auto samples_ahead, auto multiplies) {
+    constexpr bool kSamplesAhead = decltype(samples_ahead)::value, kMultiplies = decltype(multiplies)::value;
     unsigned char* const to = shared + fill * Shared::kOperands;
     const unsigned char* const from = shared + (fill ^ 1) * Shared::kOperands;
-    if (more) copy_weight(ahead, to + Tile::kPixels * kRowBytes);
-    copy_async_commit();
+    if constexpr (kSamplesAhead) {
+      copy_weight(ahead, to + Tile::kPixels * kRowBytes);
+      copy_async_commit();
+    }
     // Rolled: unrolled, its addresses alone would fill the registers.
     DYNCONV_NO_UNROLL
     for (int slice = 0; slice < kSlices; ++slice) {
-      const bool fetches = more && slice % (kSlices / kItems) == 0;
+      const bool fetches = kSamplesAhead && slice % (kSlices / kItems) == 0;
       const ChunkPlace<vectors, Tile::kPixels> place(thread + slice / (kSlices / kItems) * kThreads);
       const Sample<acc_t>& sample = samples_of(ahead)[place.row];
       const int channel = ahead.channel(a.steps) + place.chunk * T::kChunk;
       const int count = chunk_count<T>(ahead.channels(a.steps), place.chunk);
       SampledChunk<T, vectors> chunk;
       if (kPrefetches && fetches) chunk.fetch(image, sample, channel, count);
-      if (has_product)
+      if constexpr (kMultiplies)
         Product::template add<Tile::kWarpM, Tile::kWarpN>(sums, from, warp_m, 0, from + Tile::kPixels * kRowBytes, warp_n, 0,
                                                           slice);
       if (!kPrefetches && fetches) chunk.fetch(image, sample, channel, count);
       if (fetches) chunk.write(image, sample, channel, count, to + chunk_offset(place.row, place.chunk));
     }
-    if (!more) break;
+  };
+  // To the step after `ahead`, whose samples, weights and places are then there for all. False after the last step.
+  auto advance = [&] {
     const int tap = ahead.tap, d = ahead.d;
-    more = ahead.advance_in_group(a.steps);
+    const bool more = ahead.advance_in_group(a.steps);
     if (more && (ahead.tap != tap || ahead.d != d)) locate(ahead);
-    has_product = true;
     fill ^= 1;
     copy_async_wait<0>();
     __syncthreads();
-  }
+    return more;
+  };
+  constexpr std::true_type yes;
+  constexpr std::false_type no;
+  locate(ahead);
+  __syncthreads();
+  work(yes, no);
+  while (advance()) work(yes, yes);
+  work(no, yes);
 
-  // Where the rows' outputs are, in place of the samples, which nobody reads any more after the last step's barrier.
+  // Where the rows' outputs are, in place of the samples, which nobody has read since the last barrier.
   auto* const row_out = reinterpret_cast<int64_t*>(samples);
   if (thread < Tile::kPixels) {
     const Pixel pixel = pixels[thread];
     row_out[thread] = pixel.image < 0 ? -1
-                                      : pixel.image * a.out_stride.batch +
-                                            (int64_t(pixel.y) * a.geometry.out_width + pixel.x) * a.out_stride.pixel;
+                                      : pixel.image * a.out_stride.batch + pixel.y * a.out_stride.row +
+                                            pixel.x * a.out_stride.pixel;
   }
   __syncthreads();
   auto* const out = static_cast<storage_t*>(a.out);
@@ -198,8 +207,8 @@ cudaError_t run_forward(const DeformCall& call, const void* bias, void* out, voi
   const ForwardArguments a{Geometry(p),
                            steps,
                            call.input,
-                           image_strides(p.channels, p.in_pixels(), p.channels_last),
-                           image_strides(p.out_channels, p.out_pixels(), p.channels_last),
+                           image_strides(p.channels, p.height, p.width, p.channels_last),
+                           image_strides(p.out_channels, p.out_height, p.out_width, p.channels_last),
                            call.offset,
                            call.mask,
                            call.offset_type,
