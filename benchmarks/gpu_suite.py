@@ -41,8 +41,8 @@ for folder in (HERE, HERE.parent, HERE.parent / "python", HERE.parent / "tests")
 import bench_deform_conv2d as bench_deform  # noqa: E402
 import bench_dynamic_conv2d as bench_dynamic  # noqa: E402
 import bench_end_to_end as bench_network  # noqa: E402
-
 import dynconv_ext  # noqa: E402
+from timed import DIRECTIONS  # noqa: E402
 
 TORCH_DTYPE = {
     "float64": torch.float64,
@@ -51,8 +51,6 @@ TORCH_DTYPE = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-# Of any operator's values, the gradient of the output last.
-DIRECTIONS = {"forward": bench_dynamic.forward, "forward+backward": bench_dynamic.forward_backward}
 OURS = ("ours", "ours_channels_last")
 Run = Callable[[], Any]
 
@@ -601,7 +599,7 @@ def measure(suite: Suite, seconds: float) -> None:
 
 def check(names: Sequence[str], device: Device) -> list[str]:
     """Compares values and gradients on the device with the reference in float64; returns what is wrong."""
-    from op_cases import DEFORM_CASES, TOLERANCE, relative_error
+    from op_cases import DEFORM_CASES, TOLERANCE, TOLERANCE_TF32, relative_error
 
     wrong = []
     cases = [case for case in DEFORM_CASES if case.name in names]
@@ -625,8 +623,7 @@ def check(names: Sequence[str], device: Device) -> list[str]:
                 x, offset, weight, bias, mask = exact
                 expected = dynconv_ext.reference.deform_conv2d(x, offset, weight, bias, *case.geometry, mask=mask)
                 expected.backward(grad.double())
-                # TF32 rounds operands to 11 bits.
-                tolerance = 5e-3 if dtype == "float32-tf32" else TOLERANCE[kind]
+                tolerance = TOLERANCE_TF32 if dtype == "float32-tf32" else TOLERANCE[kind]
                 pairs = [("out", out, expected)]
                 named = zip(("input", "offset", "weight", "bias", "mask"), moved, exact, strict=True)
                 pairs += [(f"grad_{name}", a.grad, b.grad) for name, a, b in named if a is not None]
