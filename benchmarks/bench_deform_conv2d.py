@@ -6,8 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import onnx
-import onnxruntime
 import pytest
 import torch
 import torchvision
@@ -55,6 +53,10 @@ def tensors(case: str, dtype: torch.dtype, channels_last: bool) -> list[Tensor]:
 
 def onnx_session(values: list[Tensor]) -> Callable[[], Any]:
     """ONNX Runtime's DeformConv (opset 22), on as many threads as torch uses."""
+    # Only here: benchmarks on a GPU use the rest of this module, and need neither.
+    import onnx
+    import onnxruntime
+
     x, offset, weight, bias, mask, _ = (t.numpy() for t in values)
     inputs = {"X": x, "W": weight, "offset": offset, "B": bias, "mask": mask}
     node = onnx.helper.make_node("DeformConv", list(inputs), ["Y"], pads=[1, 1, 1, 1])

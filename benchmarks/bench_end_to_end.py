@@ -40,9 +40,9 @@ class WithReference(WithOperator):
     operator = staticmethod(reference.deform_conv2d)
 
 
-def network(name: str, layer: type[nn.Module] | None = None) -> nn.Module:
+def network(name: str, layer: type[nn.Module] | None = None, image_size: int = SIZE) -> nn.Module:
     torch.manual_seed(0)
-    model = create_model(name, num_classes=50, image_size=SIZE)
+    model = create_model(name, num_classes=50, image_size=image_size)
     if layer is not None:
         for module in model.modules():
             if isinstance(module, DeformableConv2d):
@@ -50,15 +50,18 @@ def network(name: str, layer: type[nn.Module] | None = None) -> nn.Module:
     return model.train()
 
 
-def step(model: nn.Module, dtype: str) -> Callable[[], Any]:
+def step(
+    model: nn.Module, dtype: str, device: str = "cpu", batch: int = BATCH, image_size: int = SIZE
+) -> Callable[[], Any]:
     """One training step, as the studies do it: autocast where it is bfloat16, fused Adam."""
     torch.manual_seed(1)
-    images, labels = torch.rand(BATCH, 3, SIZE, SIZE), torch.randint(50, (BATCH,))
+    images = torch.rand(batch, 3, image_size, image_size, device=device)
+    labels = torch.randint(50, (batch,), device=device)
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
 
     def run() -> None:
         optimiser.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
             loss = nn.functional.cross_entropy(model(images), labels)
         loss.backward()
         optimiser.step()
