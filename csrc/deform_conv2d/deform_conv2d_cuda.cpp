@@ -52,8 +52,9 @@ Tensor deform_conv2d_cuda(const Tensor& input, const Tensor& offset, const Tenso
   const DeformCall call = make_call(p, x, w, offset, mask);
   const DeformPrecision precision = precision_of(input, allow_tf32);
   Tensor workspace = new_workspace(input, deform_conv2d_forward_workspace(precision, p));
-  check_launch("deform_conv2d", launch_deform_conv2d_forward(precision, call, const_data<void>(b), out.mutable_data_ptr(),
-                                                             workspace.mutable_data_ptr(), context.stream()));
+  check_cuda(launch_deform_conv2d_forward(precision, call, const_data<void>(b), out.mutable_data_ptr(),
+                                          workspace.mutable_data_ptr(), context.stream()),
+             "deform_conv2d");
   return out;
 }
 
@@ -79,9 +80,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward_cuda(
                                 deterministic};
   const DeformPrecision precision = precision_of(input, allow_tf32);
   Tensor workspace = new_workspace(input, deform_conv2d_backward_workspace(precision, call));
-  check_launch("deform_conv2d_backward",
-               launch_deform_conv2d_backward(precision, call, workspace.numel() ? workspace.mutable_data_ptr() : nullptr,
-                                             context.stream()));
+  check_cuda(launch_deform_conv2d_backward(precision, call, workspace.numel() ? workspace.mutable_data_ptr() : nullptr,
+                                           context.stream()),
+             "deform_conv2d_backward");
   return grads.all();
 }
 

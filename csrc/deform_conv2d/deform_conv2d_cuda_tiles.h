@@ -244,7 +244,7 @@ struct ChannelChunk<T, false> {
   typename T::storage_t numbers[T::kChunk];
   DYNCONV_DEVICE void load(const typename T::storage_t* from, int64_t stride, int count) {
     DYNCONV_UNROLL
-    for (int e = 0; e < T::kChunk; ++e) numbers[e] = e < count ? from[e * stride] : typename T::storage_t{};
+    for (int e = 0; e < T::kChunk; ++e, from += stride) numbers[e] = e < count ? *from : typename T::storage_t{};
   }
   DYNCONV_DEVICE void get(typename T::acc_t (&v)[T::kChunk]) const {
     DYNCONV_UNROLL

@@ -1,10 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What the operators' CUDA host files share: workspaces, sizes that kernels can count, errors of the runtime.
+// What the operators' CUDA host files share: workspaces, and sizes that kernels can count.
 #pragma once
 
 #include "common/dispatch.h"
-
-#include <cuda_runtime.h>
 
 #include <initializer_list>
 #include <utility>
@@ -23,10 +21,6 @@ inline Tensor new_workspace(const Tensor& like, int64_t bytes) {
 inline void check_countable(std::initializer_list<std::pair<const char*, int64_t>> sizes) {
   for (const auto& [what, size] : sizes)
     if (size >= (int64_t(1) << 31)) fail(what, ": got ", size, ", expected less than 2^31 on a GPU");
-}
-
-inline void check_launch(const char* op, cudaError_t error) {
-  if (error != cudaSuccess) fail(op, ": CUDA error: ", cudaGetErrorString(error));
 }
 
 }  // namespace dynconv

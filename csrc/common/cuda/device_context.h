@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Between torch's tensors and kernels on the GPU: the device, its current stream, and memory for the time of a call.
+// Between torch's tensors and kernels on the GPU: the device, its current stream, errors (check_cuda).
 //
 // The host emulation (tests/cuda_emulation/device_context.h) defines the same for tensors on the CPU: host files include
 // <device_context.h>, and the include path decides.
 #pragma once
 
 #include "common/checks.h"
+#include "common/cuda/check.h"
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
