@@ -21,21 +21,27 @@ CASES = {case.name: case for case in DEFORM_CASES}
 # -------------------------------------------------------------------------------------------------------- emulation
 
 
-def test_kernels_under_sanitizers(monkeypatch):
-    """Every kernel, executed by the emulation under AddressSanitizer and UBSan, against the reference."""
+def run_emulated(monkeypatch, mode: str, *options: str) -> None:
+    """Runs the emulated cases in a process of their own, under the mode's sanitizers."""
     monkeypatch.syspath_prepend(str(EMULATION))
     import build
     import operators
 
-    library = operators.build_operators("address")
     path = os.pathsep.join([str(EMULATION), str(EMULATION.parent), os.environ.get("PYTHONPATH", "")])
     monkeypatch.setenv("PYTHONPATH", path)
-    monkeypatch.setenv("DYNCONV_EMULATED_OPERATORS", str(library))
+    monkeypatch.setenv("DYNCONV_EMULATED_OPERATORS", str(operators.build_operators(mode)))
     cases = EMULATION / "deform_conv2d_cases.py"
-    result = build.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", cases], "address", timeout=1200
-    )
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options, cases]
+    result = build.run(command, mode, timeout=3000)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-8000:]
+
+
+def test_kernels_under_address_and_undefined_sanitizer(monkeypatch):
+    run_emulated(monkeypatch, "address")
+
+
+def test_kernels_have_no_races(monkeypatch):
+    run_emulated(monkeypatch, "thread", "-k", "races")
 
 
 # ------------------------------------------------------------------------------------------------------------- GPU

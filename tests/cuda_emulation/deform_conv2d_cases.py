@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """deform_conv2d's CUDA kernels against the reference, on the host emulation.
 
-Not collected by itself: test_deform_conv2d_cuda.py runs it under the sanitizers, in a process of its own.
+Not collected by itself: test_deform_conv2d_cuda.py runs it under the sanitizers, in processes of its own; under
+ThreadSanitizer, where a block's threads are slow, only what is named after races.
 """
 
 from __future__ import annotations
@@ -122,3 +123,13 @@ def test_empty_batch():
     assert out.shape == case.out_shape
     out.sum().backward()
     assert all((t.grad == 0).all() for t in tensors)
+
+
+# Two offset groups of a chunk and a bit, two weight groups, two blocks of pixels: every barrier has work before and after.
+RACES = DeformCase("races", 5, 8, (4, 4), 4, kernel=(1, 2), padding=(0, 1), groups=2, offset_groups=2)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["any_order", "deterministic"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_races(precision, deterministic):
+    check(RACES, precision, channels_last=precision == "bfloat16", deterministic=deterministic)
