@@ -156,25 +156,27 @@ __global__ void __launch_bounds__(kThreads)
   const int first = int(blockIdx.x % unsigned(tiles)) * 32;
   const int64_t share = blockIdx.x / unsigned(tiles);
   const int64_t begin = share * rows_of_share, end = begin + rows_of_share < rows ? begin + rows_of_share : rows;
-  auto value = [&](int o, int64_t m) {
-    const int64_t n = m / pixels;
-    return to_acc(grad_out[n * stride.batch + o * stride.channel + (m - n * pixels) * stride.pixel]);
+  // The sum of output o over pixels first, first + step, ... of the share.
+  auto add = [&](int o, int64_t first, int step) {
+    acc_t sum = 0;
+    int64_t n = first / pixels, pixel = first - n * pixels;
+    for (int64_t m = first; m < end; m += step, pixel += step) {
+      while (pixel >= pixels) pixel -= pixels, ++n;
+      sum += to_acc(grad_out[n * stride.batch + o * stride.channel + pixel * stride.pixel]);
+    }
+    return sum;
   };
   if (stride.channel == 1) {
-    acc_t sum = 0;
-    if (first + lane < outputs)
-      for (int64_t m = begin + warp; m < end; m += kWarps) sum += value(first + lane, m);
-    parts[warp * 32 + lane] = sum;
+    parts[warp * 32 + lane] = first + lane < outputs ? add(first + lane, begin + warp, kWarps) : acc_t(0);
     __syncthreads();
     if (warp == 0 && first + lane < outputs) {
-      sum = 0;
+      acc_t sum = 0;
       for (int w = 0; w < kWarps; ++w) sum += parts[w * 32 + lane];
       sums[share * outputs + first + lane] = sum;
     }
   } else {
     for (int o = first + warp; o < first + 32 && o < outputs; o += kWarps) {
-      acc_t sum = 0;
-      for (int64_t m = begin + lane; m < end; m += 32) sum += value(o, m);
+      acc_t sum = add(o, begin + lane, 32);
       for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
       if (lane == 0) sums[share * outputs + o] = sum;
     }

@@ -59,16 +59,30 @@ template <class T, bool vectors>
 DYNCONV_DEVICE void add_dots(const Image<typename T::storage_t>& image, const Sample<typename T::acc_t>& s, int channel,
                              int count, const typename T::acc_t (&gradient)[T::kChunk], typename T::acc_t (&dots)[4]) {
   const auto* const at = first_corner(image.data, image.stride, s, channel);
-  ChannelChunk<T, vectors> corner[4];
-  DYNCONV_UNROLL
-  for (int i = 0; i < 4; ++i)
-    corner[i].load(at + corner_offset(image.stride, i), image.stride.channel, s.corners >> i & 1 ? count : 0);
-  DYNCONV_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    typename T::acc_t v[T::kChunk];
-    corner[i].get(v);
+  auto dot = [&](const ChannelChunk<T, vectors>& corner) {
+    typename T::acc_t v[T::kChunk], sum = 0;
+    corner.get(v);
     DYNCONV_UNROLL
-    for (int e = 0; e < T::kChunk; ++e) dots[i] += gradient[e] * v[e];
+    for (int e = 0; e < T::kChunk; ++e) sum += gradient[e] * v[e];
+    return sum;
+  };
+  if constexpr (vectors) {
+    ChannelChunk<T, true> corner[4];
+    DYNCONV_UNROLL
+    for (int i = 0; i < 4; ++i)
+      corner[i].load(at + corner_offset(image.stride, i), 1, s.corners >> i & 1 ? count : 0);
+    DYNCONV_UNROLL
+    for (int i = 0; i < 4; ++i) dots[i] += dot(corner[i]);
+  } else {
+    // One corner after the other: numbers read one by one take many registers.
+    DYNCONV_NO_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      ChannelChunk<T, false> corner;
+      corner.load(at + corner_offset(image.stride, i), image.stride.channel, s.corners >> i & 1 ? count : 0);
+      const typename T::acc_t sum = dot(corner);
+      DYNCONV_UNROLL
+      for (int c = 0; c < 4; ++c) dots[c] += c == i ? sum : typename T::acc_t(0);
+    }
   }
 }
 
