@@ -6,7 +6,12 @@
     python experiments/task1.py --data FOLDER --preset paper        # the source report's settings
 
 Every network is tested on the seven channel sets, each with counters of its own; R is red. The plain ResNet-18 sees
-zeros in place of missing channels. See experiments/README.md for the options and the results.
+zeros in place of missing channels.
+
+Measured on 2 CPU threads (AVX-512, AMX; bfloat16), seed 0, with --preset paper --image-size 64 --no-denoise --epochs 5
+--batch-size 64 on 25,000 photographs of 50 classes, test images right with RGB; mean of pairs; mean of single channels:
+resnet18 33.0 %; 5.9 %; 2.3 %, variable_resnet18 19.5 %; 12.4 %; 5.0 %. See experiments/README.md for the options and
+all results.
 """
 
 from __future__ import annotations

@@ -5,7 +5,9 @@
     python experiments/task2.py --data FOLDER --image-size 64 --epochs 5
     python experiments/task2.py --data FOLDER --preset paper        # the source report's settings
 
-See experiments/README.md for the options and the results.
+Measured on 2 CPU threads (AVX-512, AMX; bfloat16), seed 0, with --preset paper --image-size 64 --no-denoise --epochs 5
+--batch-size 64 on 25,000 photographs of 50 classes: task2_published 29.4 % of the test images, ResNet-34 32.1 %. See
+experiments/README.md for the options and all results.
 """
 
 from __future__ import annotations
