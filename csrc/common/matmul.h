@@ -6,8 +6,8 @@
 
 namespace dynconv {
 
-// c (rows, columns) = a (rows, depth) * b (depth, columns), or += if accumulate. Columns of b and c are contiguous;
-// b is cut into panels of the kernel's panel width, b_panel elements apart.
+// c (rows, columns) = a (rows, depth) * b (depth, columns). Columns of b are contiguous, cut into panels of the kernel's
+// panel width, b_panel elements apart.
 template <class acc_t>
 struct Matmul {
   int64_t rows, columns, depth;
@@ -18,7 +18,9 @@ struct Matmul {
   bool b_padded;  // whether the last panel may be read in full
   acc_t* c;
   int64_t c_row;
-  bool accumulate;
+  bool accumulate;  // whether the sums start at c; else at start, or at zero
+  const acc_t* start = nullptr;  // a value for each row
+  int64_t c_panel = 0;  // distance of c's panels; 0: their columns are contiguous
 };
 
 }  // namespace dynconv

@@ -7,6 +7,7 @@
 #include "common/cpu_level.h"
 #include "common/dispatch.h"
 #include "common/half_types.h"
+#include "common/matmul.h"
 #include "dynamic_conv2d/dynamic_conv2d_math.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -39,22 +40,6 @@ struct BankSums {
 // that equal positions of several rows don't fall into one set of the cache.
 constexpr int kKernelRow = 336;
 
-// c[i][j] = sum_k a[i][k] b[k][j], for up to two vectors of columns j. a[i][k] lies at
-// i * (a distance that the function's name tells) + k % segment * a_step + k / segment * a_segment, b[k] at k * b_step,
-// whole vectors readable.
-template <class acc_t>
-struct Product {
-  const acc_t* a;
-  int64_t a_step, a_segment, segment;
-  const acc_t* b;
-  int64_t b_step;
-  acc_t* c;
-  int64_t c_row;
-  int64_t rows, columns, depth;
-  const acc_t* start;  // what the sums of each row start at, or null
-  bool accumulate;     // without start: at c, or at zero
-};
-
 // A run of an image's channels, and how its padded copy lies: (channel, row, column).
 template <class storage_t>
 struct ImageChunk {
@@ -81,11 +66,7 @@ struct DynamicKernels {
   void (*unmix)(const BankBlock<storage_t>&, const product_t* grads, int64_t grad_stride, int64_t grad_row,
                 const acc_t* a, int64_t samples, BankSums<acc_t> sums, bool accumulate, acc_t* dots);
   void (*add_lanes)(acc_t* vectors, int64_t count, acc_t* out);
-  // Rows of a are kKernelRow, 1, one vector and two vectors apart.
-  void (*product)(const Product<acc_t>&);
-  void (*product_transposed)(const Product<acc_t>&);
-  void (*product_panel)(const Product<acc_t>&);
-  void (*product_two_panels)(const Product<acc_t>&);
+  void (*matmul)(const Matmul<acc_t>&);
   void (*pack_rows)(const ImageChunk<storage_t>&, int64_t begin, int64_t end, acc_t* padded);
   void (*unpack_rows)(const acc_t* padded, int64_t padding_height, const ImageChunk<storage_t>&);
   void (*make_columns)(const acc_t* padded, const ColumnPlan&, acc_t* columns);

@@ -34,6 +34,7 @@ struct TileSchedule {
   int64_t samples, sample_blocks;      // samples of a tile
   int64_t tile_channels, tile_kernels; // output channels mixed at once; size of one sample's block of them
   int64_t tile_pixels, tiles;          // pixels of a tile, a multiple of panel; tiles of a sample
+  int64_t grad_row, tile_grads;        // distance of the rows of a tile of grad_out; size of one sample's
   int64_t padded_height, padded_width;
 
   TileSchedule(const DynamicConv2dParams& p, int64_t vector_lanes)
@@ -54,6 +55,9 @@ struct TileSchedule {
     tile_channels = samples < kManySamples ? kTileChannels : kTileChannelsManySamples;
     tile_kernels = tile_channels * kKernelRow;
     sample_blocks = blocks_of(p.batch, samples);
+    // An odd number of cache lines, as kKernelRow.
+    grad_row = (tile_pixels + lanes - 1) / lanes / 2 * 2 * lanes + lanes;
+    tile_grads = tile_channels * grad_row;
     padded_height = p.height + 2 * p.padding_height;
     padded_width = p.width + 2 * p.padding_width;
   }
@@ -233,10 +237,8 @@ class DynamicTiles {
             c_row = used;
           }
           const acc_t* start = c0 == 0 && t.bias ? bias_.data() + (n0 + i) * p.out_channels + o0 + o : nullptr;
-          for (int64_t pixel = 0; pixel < count; pixel += s.panel)
-            k.product({x.kernels.data() + i * s.tile_kernels, 1, 0, rows,
-                       x.columns.data() + (i * used + pixel) * rows, s.panel, c + pixel, c_row, tile_outs,
-                       std::min(s.panel, count - pixel), rows, start, c0 > 0});
+          k.matmul({tile_outs, count, rows, x.kernels.data() + i * s.tile_kernels, kKernelRow, 1,
+                    x.columns.data() + i * used * rows, s.panel, s.panel * rows, true, c, c_row, c0 > 0, start});
         }
       }
     }
@@ -255,7 +257,7 @@ class DynamicTiles {
   // --------------------------------------------------------------------------------------------------------- backward
 
   struct BackwardScratch {
-    Buffer<acc_t> image, grad_image, columns, grad_columns, grad_out, kernels, grad_kernels;
+    Buffer<acc_t> image, grad_image, columns, grad_columns, grad_panels, grad_rows, kernels, grad_kernels;
     Buffer<acc_t> local_sums;  // (K, output channel of the group, weight of the chunk)
     Buffer<acc_t> dot_lanes;   // (sample of the tile, K, lane)
     acc_t* sums = nullptr;     // of the bank's gradient, (K, O, row)
@@ -264,13 +266,13 @@ class DynamicTiles {
     explicit BackwardScratch(const DynamicTiles& call) {
       const TileSchedule& s = call.s;
       const bool want_kernel = call.wanted_.weight || call.wanted_.mix;
-      grad_out = Buffer<acc_t>(s.samples * s.tile_channels * s.tile_pixels);
       if (call.wanted_.mix) dot_lanes = Buffer<acc_t>(s.samples * call.p.bank.num_kernels * s.lanes);
       dot_lanes.zero();
       if (want_kernel) {
         image = Buffer<acc_t>(call.image_size());
         image.zero();
         columns = Buffer<acc_t>(s.samples * s.padded_rows * s.tile_pixels);
+        grad_rows = Buffer<acc_t>(s.samples * s.tile_grads);
         // With several tiles, sums over them.
         grad_kernels = Buffer<acc_t>(
             (s.tiles > 1 ? call.p.group_out_channels() : s.samples * s.tile_channels) * s.padded_rows);
@@ -278,6 +280,7 @@ class DynamicTiles {
       if (call.local_sums_)
         local_sums = Buffer<acc_t>(call.p.bank.num_kernels * call.p.group_out_channels() * s.rows);
       if (call.wanted_.input) {
+        grad_panels = Buffer<acc_t>(s.samples * s.tile_grads);
         grad_image = Buffer<acc_t>(call.image_size());
         grad_columns = Buffer<acc_t>(s.samples * s.rows * s.tile_pixels);
         kernels = Buffer<acc_t>(s.samples * s.tile_kernels);
@@ -307,7 +310,6 @@ class DynamicTiles {
 
   void backward_tile(BackwardScratch& x, int64_t group, int64_t c0, int64_t channels, int64_t n0, int64_t samples,
                      int64_t tile, bool first_samples) {
-    const auto product_with_panels = s.panel == s.lanes ? k.product_panel : k.product_two_panels;
     const bool want_kernel = wanted_.weight || wanted_.mix, last_tile = tile == s.tiles - 1;
     const int64_t begin = tile * s.tile_pixels, count = std::min(s.tile_pixels, p.out_pixels() - begin);
     const int64_t rows = channels * p.taps(), used = round_up(count, s.panel);
@@ -325,25 +327,24 @@ class DynamicTiles {
     for (int64_t o = 0; o < outs; o += s.tile_channels) {
       const int64_t tile_outs = std::min(s.tile_channels, outs - o), first_out = group * outs + o;
       const auto bank = bank_block(first_out, tile_outs, c0, rows);
-      for (int64_t i = 0; i < samples; ++i) pack_grad_out(x, n0 + i, first_out, tile_outs, begin, count, i);
       if (wanted_.input) {
+        for (int64_t i = 0; i < samples; ++i)
+          pack_grad_out(n0 + i, first_out, tile_outs, begin, count, s.panel, x.grad_panels.data() + i * s.tile_grads);
         k.mix(bank, a, samples, x.kernels.data(), s.tile_kernels, kKernelRow);
         for (int64_t i = 0; i < samples; ++i)
-          for (int64_t pixel = 0; pixel < used; pixel += s.panel)
-            k.product_transposed({x.kernels.data() + i * s.tile_kernels, kKernelRow, 0, tile_outs,
-                                  grad_out_panels(x, i) + pixel * tile_outs, s.panel,
-                                  x.grad_columns.data() + (i * s.tile_pixels + pixel) * rows, s.panel, rows, s.panel,
-                                  tile_outs, nullptr, o > 0});
+          k.matmul({rows, used, tile_outs, x.kernels.data() + i * s.tile_kernels, 1, kKernelRow,
+                    x.grad_panels.data() + i * s.tile_grads, s.panel, s.panel * tile_outs, true,
+                    x.grad_columns.data() + i * s.tile_pixels * rows, s.panel, o > 0, nullptr, s.panel * rows});
       }
       if (!want_kernel) continue;
       acc_t* grads = x.grad_kernels.data() + (s.tiles > 1 ? o * s.padded_rows : 0);
       const int64_t grad_size = s.tile_channels * s.padded_rows;
-      for (int64_t i = 0; i < samples; ++i)
-        for (int64_t row = 0; row < rows; row += 2 * s.lanes)
-          product_with_panels({grad_out_panels(x, i), 1, tile_outs * s.panel, s.panel,
-                               x.columns.data() + i * columns_size + row * count, 2 * s.lanes,
-                               grads + i * grad_size + row, s.padded_rows, tile_outs,
-                               std::min(2 * s.lanes, rows - row), count, nullptr, tile > 0});
+      for (int64_t i = 0; i < samples; ++i) {
+        acc_t* grad_rows = x.grad_rows.data() + i * s.tile_grads;
+        pack_grad_out(n0 + i, first_out, tile_outs, begin, count, s.grad_row, grad_rows);
+        k.matmul({tile_outs, rows, count, grad_rows, s.grad_row, 1, x.columns.data() + i * columns_size, 2 * s.lanes,
+                  2 * s.lanes * count, true, grads + i * grad_size, s.padded_rows, tile > 0});
+      }
       if (last_tile)
         k.unmix(bank, grads, grad_size, s.padded_rows, a, samples, sums_of(x, bank, o), !first_samples,
                 x.dot_lanes.data());
@@ -359,17 +360,15 @@ class DynamicTiles {
     }
   }
 
-  acc_t* grad_out_panels(BackwardScratch& x, int64_t j) const {
-    return x.grad_out.data() + j * s.tile_channels * s.tile_pixels;
-  }
-
-  void pack_grad_out(BackwardScratch& x, int64_t n, int64_t o, int64_t outs, int64_t begin, int64_t count, int64_t j) {
+  // Pixels [begin, begin + count) of output channels [o, o + outs) in panels, zero behind the last.
+  void pack_grad_out(int64_t n, int64_t o, int64_t outs, int64_t begin, int64_t count, int64_t panel,
+                     acc_t* panels) const {
     const int64_t pixels = p.out_pixels();
     const storage_t* sample = t.grad_out + n * p.out_channels * pixels;
     if (t.grad_out_channels_last)
-      k.make_panels(sample + begin * p.out_channels + o, 1, p.out_channels, outs, count, s.panel, grad_out_panels(x, j));
+      k.make_panels(sample + begin * p.out_channels + o, 1, p.out_channels, outs, count, panel, panels);
     else
-      k.make_panels(sample + o * pixels + begin, pixels, 1, outs, count, s.panel, grad_out_panels(x, j));
+      k.make_panels(sample + o * pixels + begin, pixels, 1, outs, count, panel, panels);
   }
 
   const DynamicConv2dParams& p;
