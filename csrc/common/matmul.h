@@ -8,12 +8,12 @@ namespace dynconv {
 
 // c (rows, columns) = a (rows, depth) * b (depth, columns). Columns of b are contiguous, cut into panels of the kernel's
 // panel width, b_panel elements apart.
-template <class acc_t>
+template <class factor_t, class acc_t = factor_t>
 struct Matmul {
   int64_t rows, columns, depth;
-  const acc_t* a;
+  const factor_t* a;
   int64_t a_row, a_step;
-  const acc_t* b;
+  const factor_t* b;
   int64_t b_step, b_panel;
   bool b_padded;  // whether the last panel may be read in full
   acc_t* c;

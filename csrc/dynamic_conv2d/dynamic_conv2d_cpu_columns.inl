@@ -45,23 +45,41 @@ DYNCONV_INLINE Vec<acc_t> gather(const acc_t* base, const int32_t* offset) {
   return v;
 }
 
-// How the lanes of a vector of pixels lie in the padded image: run of lanes [0, first) is contiguous, and so is the
-// rest if two_runs; else any.
+// A vector of pixels of the padded image: where they lie as one run or two, they are read as such.
 template <class acc_t>
-DYNCONV_INLINE Vec<acc_t> load_pixels(const acc_t* base, const int32_t* offset, int64_t first, bool two_runs) {
-  constexpr int64_t lanes = Simd<acc_t>::lanes;
-  if (first == lanes) return load(base + offset[0]);
-#if DYNCONV_LEVEL == 2
-  if constexpr (sizeof(acc_t) == 4) {
-    if (two_runs) {
-      const __mmask16 low = __mmask16((1u << first) - 1u);
-      const __m512 v = _mm512_maskz_loadu_ps(low, base + offset[0]);
-      return (Vec<acc_t>)_mm512_mask_loadu_ps(v, __mmask16(~low), base + offset[first] - first);
-    }
+struct PixelRuns {
+  static constexpr int64_t lanes = Simd<acc_t>::lanes;
+  const int32_t* offset;
+  int64_t first;  // pixels of the first run
+  bool two_runs;  // whether the rest is one, too
+
+  DYNCONV_INLINE explicit PixelRuns(const int32_t* pixel_offset) : offset(pixel_offset) {
+    first = 1;
+    while (first < lanes && offset[first] == offset[0] + int32_t(first)) ++first;
+    int64_t second = first;
+    while (second < lanes && offset[second] == offset[first] + int32_t(second - first)) ++second;
+    two_runs = second == lanes;
   }
+
+  DYNCONV_INLINE Vec<acc_t> load(const acc_t* base) const {
+    if (first == lanes) return load_vector(base + offset[0]);
+#if DYNCONV_LEVEL == 2
+    if constexpr (sizeof(acc_t) == 4) {
+      if (two_runs) {
+        const __mmask16 low = __mmask16((1u << first) - 1u);
+        const __m512 v = _mm512_maskz_loadu_ps(low, base + offset[0]);
+        return (Vec<acc_t>)_mm512_mask_loadu_ps(v, __mmask16(~low), base + offset[first] - first);
+      }
+    }
 #endif
-  return gather(base, offset);
-}
+    return gather(base, offset);
+  }
+
+ private:
+  DYNCONV_INLINE static Vec<acc_t> load_vector(const acc_t* at) {
+    return *reinterpret_cast<const typename Simd<acc_t>::loose*>(at);
+  }
+};
 
 // columns[panel][row][pixel of the panel] = padded[row_offset[row] + pixel_offset[pixel]]
 template <class acc_t>
@@ -69,15 +87,10 @@ void make_columns(const acc_t* padded, const ColumnPlan& plan, acc_t* columns) {
   constexpr int64_t lanes = Simd<acc_t>::lanes;
   for (int64_t begin = 0; begin < plan.pixels; begin += plan.panel)
     for (int64_t v = 0; v < plan.panel; v += lanes) {
-      const int32_t* offset = plan.pixel_offset + begin + v;
-      int64_t first = 1, second;
-      while (first < lanes && offset[first] == offset[0] + int32_t(first)) ++first;
-      second = first;
-      while (second < lanes && offset[second] == offset[first] + int32_t(second - first)) ++second;
-      const bool two_runs = second == lanes;
+      const PixelRuns<acc_t> pixels(plan.pixel_offset + begin + v);
       acc_t* to = columns + begin * plan.rows + v;
       for (int64_t row = 0; row < plan.rows; ++row)
-        store(to + row * plan.panel, load_pixels(padded + plan.row_offset[row], offset, first, two_runs));
+        store(to + row * plan.panel, pixels.load(padded + plan.row_offset[row]));
     }
 }
 
@@ -111,7 +124,7 @@ void add_columns(const acc_t* columns, const ColumnPlan& plan, acc_t* padded) {
       while (end < count && offset[end] == offset[end - 1] + 1) ++end;
       const int64_t length = end - first;
       for (int64_t row = 0; row < plan.rows; ++row) {
-        const acc_t* from = columns + begin * plan.rows + row * plan.panel + first;
+        const acc_t* from = columns + begin * plan.padded_rows + row * plan.panel + first;
         acc_t* to = padded + plan.row_offset[row] + offset[first];
         int64_t i = 0;
         for (; i + lanes <= length; i += lanes) store(to + i, load(to + i) + load(from + i));
@@ -122,20 +135,27 @@ void add_columns(const acc_t* columns, const ColumnPlan& plan, acc_t* padded) {
   }
 }
 
-// panels[panel][row][pixel of the panel] of rows that are rows_stride and pixels that are pixel_stride apart.
-template <class storage_t, class acc_t>
+template <class tile_t, class storage_t>
+DYNCONV_INLINE tile_t tile_value(storage_t value) {
+  if constexpr (sizeof(tile_t) == 2) return value;  // bfloat16 both
+  else return to_acc(value);
+}
+
+// panels[panel][row][pixel of the panel] of rows that are row_stride and pixels that are pixel_stride apart, zero behind
+// the last pixel.
+template <class storage_t, class tile_t>
 void make_panels(const storage_t* from, int64_t row_stride, int64_t pixel_stride, int64_t rows, int64_t pixels,
-                 int64_t panel, acc_t* panels) {
+                 int64_t panel, tile_t* panels) {
   for (int64_t begin = 0; begin < pixels; begin += panel) {
     const int64_t count = pixels - begin < panel ? pixels - begin : panel;
     for (int64_t row = 0; row < rows; ++row) {
       const storage_t* source = from + row * row_stride + begin * pixel_stride;
-      acc_t* to = panels + begin * rows + row * panel;
+      tile_t* to = panels + begin * rows + row * panel;
       if (pixel_stride == 1)
-        for (int64_t i = 0; i < count; ++i) convert(source[i], to + i);
+        for (int64_t i = 0; i < count; ++i) to[i] = tile_value<tile_t>(source[i]);
       else
-        for (int64_t i = 0; i < count; ++i) convert(source[i * pixel_stride], to + i);
-      for (int64_t i = count; i < panel; ++i) to[i] = 0;
+        for (int64_t i = 0; i < count; ++i) to[i] = tile_value<tile_t>(source[i * pixel_stride]);
+      for (int64_t i = count; i < panel; ++i) to[i] = tile_t{};
     }
   }
 }
