@@ -62,11 +62,11 @@ Bfloat16Level detect_bfloat16() {
 constexpr const char* kLevelNames[] = {"baseline", "avx2", "avx512"};
 constexpr const char* kBfloat16LevelNames[] = {"none", "avx512_bf16", "amx"};
 
-// The level that an environment variable asks for, best without it.
+// The level that an environment variable asks for, up to best; usual without it.
 template <class Level>
-Level choose(const char* variable, const char* const (&names)[3], Level best) {
+Level choose(const char* variable, const char* const (&names)[3], Level best, Level usual) {
   const char* wish = std::getenv(variable);
-  if (wish == nullptr || *wish == '\0') return best;
+  if (wish == nullptr || *wish == '\0') return usual;
   for (int i = 0; i < 3; ++i) {
     if (std::string(wish) != names[i]) continue;
     if (Level(i) > best) throw std::runtime_error(std::string(variable) + ": got " + wish + ", which this CPU lacks");
@@ -79,13 +79,20 @@ Level choose(const char* variable, const char* const (&names)[3], Level best) {
 }  // namespace
 
 CpuLevel cpu_level() {
-  static const CpuLevel level = choose("DYNCONV_CPU_LEVEL", kLevelNames, detect());
+  static const CpuLevel level = [] {
+    const CpuLevel best = detect();
+    return choose("DYNCONV_CPU_LEVEL", kLevelNames, best, best);
+  }();
   return level;
 }
 const char* cpu_level_name() { return kLevelNames[int(cpu_level())]; }
 
 Bfloat16Level bfloat16_level() {
-  static const Bfloat16Level level = choose("DYNCONV_CPU_BFLOAT16", kBfloat16LevelNames, detect_bfloat16());
+  static const Bfloat16Level level = [] {
+    const Bfloat16Level best = detect_bfloat16();
+    const Bfloat16Level usual = best == Bfloat16Level::amx ? best : Bfloat16Level::none;
+    return choose("DYNCONV_CPU_BFLOAT16", kBfloat16LevelNames, best, usual);
+  }();
   return level;
 }
 const char* bfloat16_level_name() { return kBfloat16LevelNames[int(bfloat16_level())]; }

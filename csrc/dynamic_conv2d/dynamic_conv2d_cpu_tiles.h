@@ -19,11 +19,8 @@ namespace dynconv {
 template <class tile_t>
 constexpr bool kPairs = sizeof(tile_t) == 2;
 
-// Most weights of a row of a mixed block, and the distance of its rows: an odd number of cache lines, so that equal
-// positions of several rows don't fall into one set of the cache.
+// Most weights of a row of a mixed block.
 constexpr int64_t kMostRows = 336;
-template <class tile_t>
-constexpr int64_t kKernelRow = kPairs<tile_t> ? 352 : kMostRows;
 
 // Output channels that are mixed at once: many for few samples, fewer for many, so that all their mixed blocks and the
 // columns fit a core's second-level cache.
@@ -65,6 +62,7 @@ struct TileSchedule {
   int64_t rows, padded_rows;           // of a whole chunk's columns; padded to two vectors
   int64_t samples, sample_blocks;      // samples of a tile
   int64_t tile_channels, tile_kernels; // output channels mixed at once; size of one sample's block of them
+  int64_t kernel_row;                  // distance of its rows
   int64_t tile_pixels, tiles;          // pixels of a tile, a multiple of panel; tiles of a sample
   int64_t grad_row, tile_grads;        // distance of the rows of a tile of grad_out; size of one sample's
   int64_t padded_height, padded_width;
@@ -85,7 +83,9 @@ struct TileSchedule {
     samples = tiles > 1 ? 1 : std::clamp<int64_t>(kTilePixels / pixels, 1, std::min(kMostSamples, p.batch));
     if (samples > 4) samples = samples / 4 * 4;  // mixed in fours
     tile_channels = pairs || samples < kManySamples ? kTileChannels : kTileChannelsManySamples;
-    tile_kernels = std::max(tile_channels * kKernelRow<tile_t>, pairs ? turned_size() : 0);
+    // An odd number of cache lines, so that equal positions of several rows don't fall into one set of the cache.
+    kernel_row = odd_lines<tile_t>(round_up(rows, depth_step));
+    tile_kernels = std::max(tile_channels * kernel_row, pairs ? turned_size() : 0);
     sample_blocks = blocks_of(p.batch, samples);
     grad_row = odd_lines<tile_t>(round_up(tile_pixels, 2 * lanes));
     tile_grads = tile_channels * grad_row;
@@ -259,7 +259,7 @@ class DynamicTiles {
       for (int64_t o = 0; o < outs; o += s.tile_channels) {
         const int64_t tile_outs = std::min(s.tile_channels, outs - o);
         k.mix(bank_block(o0 + o, tile_outs, c0, rows), mix_ + n0 * p.bank.num_kernels, samples, x.kernels.data(),
-              s.tile_kernels, kKernelRow<tile_t>);
+              s.tile_kernels, s.kernel_row);
         if (depth > rows) clear_tails(x.kernels.data(), samples, tile_outs, rows, depth);
         for (int64_t i = 0; i < samples; ++i) {
           acc_t* c;
@@ -272,7 +272,7 @@ class DynamicTiles {
             c_row = used;
           }
           const acc_t* start = c0 == 0 && t.bias ? bias_.data() + (n0 + i) * p.out_channels + o0 + o : nullptr;
-          k.matmul({tile_outs, count, depth, x.kernels.data() + i * s.tile_kernels, kKernelRow<tile_t>, 1,
+          k.matmul({tile_outs, count, depth, x.kernels.data() + i * s.tile_kernels, s.kernel_row, 1,
                     x.columns.data() + i * used * depth, s.panel, s.panel * depth, true, c, c_row, c0 > 0, start});
         }
       }
@@ -293,7 +293,7 @@ class DynamicTiles {
   void clear_tails(tile_t* kernels, int64_t samples, int64_t outs, int64_t rows, int64_t depth) const {
     for (int64_t i = 0; i < samples; ++i)
       for (int64_t o = 0; o < outs; ++o) {
-        tile_t* row = kernels + i * s.tile_kernels + o * kKernelRow<tile_t>;
+        tile_t* row = kernels + i * s.tile_kernels + o * s.kernel_row;
         std::fill(row + rows, row + depth, tile_t{});
       }
   }
@@ -319,7 +319,7 @@ class DynamicTiles {
         image = Buffer<acc_t>(call.image_size());
         image.zero();
         columns = Buffer<tile_t>(s.samples * s.padded_rows * round_up(s.tile_pixels, s.depth_step));
-        grad_rows = Buffer<tile_t>(s.samples * s.tile_grads);
+        grad_rows = Buffer<tile_t>(s.tile_grads);
         // With several tiles, sums over them.
         grad_kernels = Buffer<acc_t>(
             (s.tiles > 1 ? round_up(call.p.group_out_channels(), s.row_step) : s.samples * s.tile_channels) *
@@ -328,7 +328,7 @@ class DynamicTiles {
       if (call.local_sums_)
         local_sums = Buffer<acc_t>(call.p.bank.num_kernels * call.p.group_out_channels() * s.rows);
       if (call.wanted_.input) {
-        grad_panels = Buffer<tile_t>(s.samples * s.tile_grads);
+        grad_panels = Buffer<tile_t>(s.tile_grads);
         grad_image = Buffer<acc_t>(call.image_size());
         grad_columns = Buffer<acc_t>(s.samples * s.padded_rows * s.tile_pixels);
         kernels = Buffer<tile_t>(s.samples * s.tile_kernels);
@@ -374,21 +374,25 @@ class DynamicTiles {
                     p.height + p.padding_height, x.image.data());
       k.make_transposed_columns(x.image.data(), plan, x.columns.data() + i * columns_size);
     }
-    const int64_t outs = p.group_out_channels(), row_panel = kPairs<tile_t> ? kPairPanel : 2 * s.lanes;
     const acc_t* a = mix_ + n0 * p.bank.num_kernels;
+    const int64_t outs = p.group_out_channels(), row_panel = kPairs<tile_t> ? kPairPanel : 2 * s.lanes;
     for (int64_t o = 0; o < outs; o += s.tile_channels) {
       const int64_t tile_outs = std::min(s.tile_channels, outs - o), first_out = group * outs + o;
       const auto bank = bank_block(first_out, tile_outs, c0, rows);
-      if (wanted_.input)
-        add_grad_columns(x, bank, group, o, n0, samples, begin, count, first_samples && tile == 0);
+      if (wanted_.input) {
+        const auto mixed = mixed_block(x, bank, o, first_samples && tile == 0);
+        k.mix(mixed, a, samples, x.kernels.data(), s.tile_kernels, kPairs<tile_t> ? mixed.count : s.kernel_row);
+        for (int64_t i = 0; i < samples; ++i)
+          add_grad_columns(x, n0 + i, first_out, tile_outs, rows, begin, count, x.kernels.data() + i * s.tile_kernels,
+                           x.grad_columns.data() + i * grad_columns_size, o > 0);
+      }
       if (!want_kernel) continue;
       acc_t* grads = x.grad_kernels.data() + (s.tiles > 1 ? o * s.padded_rows : 0);
       const int64_t grad_size = s.tile_channels * s.padded_rows;
       for (int64_t i = 0; i < samples; ++i) {
-        tile_t* grad_rows = x.grad_rows.data() + i * s.tile_grads;
-        pack_grad_out(n0 + i, first_out, tile_outs, begin, count, s.grad_row, grad_rows);
-        k.matmul({tile_outs, rows, depth, grad_rows, s.grad_row, 1, x.columns.data() + i * columns_size, row_panel,
-                  row_panel * depth, true, grads + i * grad_size, s.padded_rows, tile > 0});
+        pack_grad_out(n0 + i, first_out, tile_outs, begin, count, s.grad_row, x.grad_rows.data());
+        k.matmul({tile_outs, rows, depth, x.grad_rows.data(), s.grad_row, 1, x.columns.data() + i * columns_size,
+                  row_panel, row_panel * depth, true, grads + i * grad_size, s.padded_rows, tile > 0});
       }
       if (last_tile)
         k.unmix(bank, grads, grad_size, s.padded_rows, a, samples, sums_of(x, bank, o), !first_samples,
@@ -408,33 +412,28 @@ class DynamicTiles {
   // Whether blocks of the bank are needed again for other samples or pixels.
   bool keep_turned() const { return s.sample_blocks > 1 || s.tiles > 1; }
 
-  // Columns of grad_input (+)= transposed mixed kernels times grad_out, for the bank's block of output channels from o of
-  // a group on.
-  void add_grad_columns(BackwardScratch& x, const BankBlock<storage_t>& bank, int64_t group, int64_t o, int64_t n0,
-                        int64_t samples, int64_t begin, int64_t count, bool first_pass) {
-    const int64_t outs = bank.rows, depth = round_up(outs, s.depth_step), rows = bank.count;
-    const int64_t first_out = group * p.group_out_channels() + o, panel_rows = round_up(rows, s.row_step);
-    const acc_t* a = mix_ + n0 * p.bank.num_kernels;
-    if constexpr (kPairs<tile_t>) {
-      // Blocks of the bank are turned over, once for all samples, and mixed so: the product wants it thus.
-      const int64_t size = s.turned_size(), run = s.kTurnedRun;
-      tile_t* turned =
-          x.turned.data() + (keep_turned() ? o / s.tile_channels * p.bank.num_kernels * size : 0);
-      for (int64_t j = 0; (first_pass || !keep_turned()) && j < p.bank.num_kernels; ++j)
-        k.turn_over(bank.data + j * bank.kernel_stride, bank.row_stride, outs, rows, turned + j * size);
-      k.mix({turned, p.bank.num_kernels, size, blocks_of(rows * kPairDepth, run), run, run}, a, samples,
-            x.kernels.data(), s.tile_kernels, run);
+  // What is mixed for the gradient of input. For pairs the bank's block turned over, (weight, output channel), once for
+  // all samples: the product wants the mixed kernels thus.
+  BankBlock<storage_t> mixed_block(BackwardScratch& x, const BankBlock<storage_t>& bank, int64_t o, bool first_pass) {
+    if constexpr (!kPairs<tile_t>) {
+      return bank;
     } else {
-      k.mix(bank, a, samples, x.kernels.data(), s.tile_kernels, kKernelRow<tile_t>);
+      const int64_t size = s.turned_size(), run = s.kTurnedRun, kernels = p.bank.num_kernels;
+      tile_t* turned = x.turned.data() + (keep_turned() ? o / s.tile_channels * kernels * size : 0);
+      for (int64_t j = 0; first_pass && j < kernels; ++j)
+        k.turn_over(bank.data + j * bank.kernel_stride, bank.row_stride, bank.rows, bank.count, turned + j * size);
+      return {turned, kernels, size, blocks_of(bank.count * kPairDepth, run), run, run};
     }
-    for (int64_t i = 0; i < samples; ++i) {
-      tile_t* panels = x.grad_panels.data() + i * s.tile_grads;
-      pack_grad_out(n0 + i, first_out, outs, begin, count, s.panel, panels);
-      k.matmul({rows, count, depth, x.kernels.data() + i * s.tile_kernels, kPairs<tile_t> ? kPairDepth : 1,
-                kPairs<tile_t> ? 1 : kKernelRow<tile_t>, panels, s.panel, s.panel * depth, true,
-                x.grad_columns.data() + i * s.padded_rows * s.tile_pixels, s.panel, o > 0, nullptr,
-                s.panel * panel_rows});
-    }
+  }
+
+  // Columns of a sample's grad_input (+)= its transposed mixed kernels times grad_out, for a block of output channels.
+  void add_grad_columns(BackwardScratch& x, int64_t n, int64_t first_out, int64_t outs, int64_t rows, int64_t begin,
+                        int64_t count, const tile_t* kernels, acc_t* columns, bool accumulate) {
+    const int64_t depth = round_up(outs, s.depth_step);
+    pack_grad_out(n, first_out, outs, begin, count, s.panel, x.grad_panels.data());
+    k.matmul({rows, count, depth, kernels, kPairs<tile_t> ? kPairDepth : 1, kPairs<tile_t> ? 1 : s.kernel_row,
+              x.grad_panels.data(), s.panel, s.panel * depth, true, columns, s.panel, accumulate, nullptr,
+              s.panel * round_up(rows, s.row_step)});
   }
 
   // Pixels [begin, begin + count) of output channels [o, o + outs) in panels, zero behind the last: one long panel is
