@@ -24,6 +24,7 @@ pybind11::dict build_info() {
   info["cuda"] = pybind11::none();
   info["cuda_archs"] = pybind11::list();
   info["cpu_level"] = dynconv::cpu_level_name();
+  info["cpu_bfloat16"] = dynconv::bfloat16_level_name();
   info["native_bfloat16"] = dynconv::has_native_bfloat16();
   return info;
 }
@@ -33,5 +34,5 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of dynconv_ext: registers torch.ops.dynconv_ext.*";
   m.def("build_info", &build_info,
-        "Compiler, torch built with, oldest torch it runs with, CUDA version and archs (none), CPU level in use.");
+        "Compiler, torch built with, oldest torch it runs with, CUDA version and archs (none), CPU levels in use.");
 }

@@ -359,6 +359,57 @@ def test_other_cpu_levels(level):
     op_checks.assert_passes_at_cpu_level(level, "test_dynamic_conv2d")
 
 
+@pytest.mark.parametrize("level", ["none", "avx512_bf16", "amx"])
+def test_bfloat16_levels(level):
+    code = """
+import sys, torch
+import test_dynamic_conv2d as t
+import dynconv_ext
+try:
+    assert dynconv_ext.build_info()["cpu_bfloat16"] == sys.argv[1]
+except RuntimeError as error:
+    sys.exit(str(error))
+for case in t.DYNAMIC_CASES:
+    for channels_last in (False, True):
+        t.check(case, case.tensors(torch.bfloat16, channels_last), t.TOLERANCE[torch.bfloat16])
+"""
+    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "DYNCONV_CPU_BFLOAT16": level, "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-c", code, level], env=environment, stderr=subprocess.PIPE, text=True, timeout=300
+    )
+    if f"DYNCONV_CPU_BFLOAT16: got {level}, which this CPU lacks" in done.stderr:
+        pytest.skip(f"this CPU lacks {level}")
+    assert done.returncode == 0, done.stderr
+
+
+def test_unknown_bfloat16_level():
+    code = "import dynconv_ext; dynconv_ext.build_info()"
+    environment = {**os.environ, "DYNCONV_CPU_BFLOAT16": "fast"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert "DYNCONV_CPU_BFLOAT16: got fast, expected none, avx512_bf16 or amx" in done.stderr
+
+
+def test_non_finite_values_stay_where_they_belong():
+    # Tiles are padded up to the CPU's matrix units; a NaN times the padding's zero must not spread.
+    case = DynamicCase("odd", 10, 5, (5, 7), 21, num_kernels=3)
+    values = case.tensors(torch.float32)
+    with torch.no_grad():
+        values[0][3, 0, 0, 0] = values[0][4, 4, 4, 6] = values[1][1, 20, 4, 2, 2] = float("nan")
+        values[1][0, 0, 0, 0, 0] = float("inf")
+    grad = torch.ones(case.batch, case.out_channels, *case.out_size)
+    grad[7, 2, 3, 3] = float("nan")
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = [t.detach().to(dtype).requires_grad_() for t in values]
+        out = call(dynamic_conv2d, case, tensors)
+        out.backward(grad.to(dtype))
+        results.append([out.detach(), *(t.grad for t in tensors)])
+    assert not results[0][0].isfinite().all() and results[0][0].isfinite().any()
+    for expected, got in zip(*results, strict=True):
+        assert torch.equal(expected.isfinite(), got.isfinite())
+
+
 # ------------------------------------------------------------------------------------------------------------ errors
 
 

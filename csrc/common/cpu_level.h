@@ -11,7 +11,15 @@ enum class CpuLevel { baseline, avx2, avx512 };
 CpuLevel cpu_level();
 const char* cpu_level_name();
 
-// Whether a bfloat16 matrix product runs on native instructions (AMX or AVX512-BF16), so that it beats float32.
+// What multiplies bfloat16 in the library's own products, at the level avx512: amx where the CPU has it and the system
+// grants it, else none, which is float32. The environment variable DYNCONV_CPU_BFLOAT16 (none, avx512_bf16, amx) decides
+// instead; throws if that is unknown or not to be had here. amx includes avx512_bf16, which is no default: vdpbf16ps
+// does half the products a second of a float32 multiply-add where it was measured.
+enum class Bfloat16Level { none, avx512_bf16, amx };
+Bfloat16Level bfloat16_level();
+const char* bfloat16_level_name();
+
+// Whether torch's bfloat16 matrix product runs on native instructions (AMX or AVX512-BF16), so that it beats float32.
 bool has_native_bfloat16();
 
 }  // namespace dynconv

@@ -48,11 +48,15 @@ DYNCONV_INLINE Vec<float> load(const float16* p) {
 DYNCONV_INLINE void store(float* p, Vec<float> v) { *reinterpret_cast<Simd<float>::loose*>(p) = v; }
 DYNCONV_INLINE void store(double* p, Vec<double> v) { *reinterpret_cast<Simd<double>::loose*>(p) = v; }
 DYNCONV_INLINE void store(bfloat16* p, Vec<float> v) {
+#if defined(DYNCONV_AVX512_BF16)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
   const u32_vec bits = __builtin_bit_cast(u32_vec, v);
   const u32_vec nan = __builtin_bit_cast(u32_vec, v != v);
   const u32_vec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const u32_vec chosen = (nan & ((bits >> 16) | 0x40u)) | (~nan & rounded);
   *reinterpret_cast<u16_half_loose*>(p) = __builtin_convertvector(chosen, u16_half_vec);
+#endif
 }
 DYNCONV_INLINE void store(float16* p, Vec<float> v) {
 #if DYNCONV_LEVEL == 2

@@ -114,11 +114,19 @@ std::tuple<Tensor, Tensor, Tensor> aggregate_kernels_backward_cpu(
 // Whether to compute by tiles rather than sample by sample: wherever tiles fit. The environment variable
 // DYNCONV_DYNAMIC_CONV2D=tiles|samples decides instead where both can: for tests and measurements.
 bool use_tiles(const DynamicConv2dParams& p) {
-  if (!TileSchedule::fits(p)) return false;
+  if (!tiles_fit(p)) return false;
   const char* wish = std::getenv("DYNCONV_DYNAMIC_CONV2D");
   if (wish == nullptr || *wish == '\0' || std::string(wish) == "tiles") return true;
   if (std::string(wish) == "samples") return false;
   fail("DYNCONV_DYNAMIC_CONV2D: got ", wish, ", expected tiles or samples");
+}
+
+// Calls f with the tiles: of bfloat16 itself where the CPU multiplies it, of acc_t elsewhere.
+template <class S, class A, class F>
+void with_tiles(const DynamicConv2dParams& p, const DynamicTensors<S>& tensors, const A* mix, F f) {
+  if constexpr (std::is_same_v<S, bfloat16>)
+    if (bfloat16_level() != Bfloat16Level::none) return f(DynamicTiles<S, A, S>(p, tensors, mix));
+  f(DynamicTiles<S, A, A>(p, tensors, mix));
 }
 
 Tensor dynamic_conv2d_cpu(const Tensor& input, const Tensor& weight, const Tensor& attention,
@@ -134,7 +142,7 @@ Tensor dynamic_conv2d_cpu(const Tensor& input, const Tensor& weight, const Tenso
   dispatch(input, [&]<class S, class A, class P>(TypeTag<S>, TypeTag<A>, TypeTag<P>) {
     const Buffer<A> mix = mixing_weights_of(p.bank, reader_of<A>(a));
     const DynamicTensors<S> tensors{const_data<S>(x), const_data<S>(w), const_data<S>(b), nullptr, false};
-    if (use_tiles(p)) DynamicTiles<S, A>(p, tensors, mix.data()).forward(mutable_data<S>(out));
+    if (use_tiles(p)) with_tiles<S, A>(p, tensors, mix.data(), [&](auto tiles) { tiles.forward(mutable_data<S>(out)); });
     else DynamicSamples<S, A, P>(p, tensors, mix.data()).forward(mutable_data<S>(out));
   });
   return out;
@@ -194,7 +202,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_conv2d_backward_cpu(
     grad_mix.zero();
     const DynamicGradients<S, A> wanted{mutable_data<S>(grad_input), mutable_data<S>(grad_weight),
                                         mutable_data<S>(grad_bias), grad_mix.data()};
-    if (use_tiles(p)) DynamicTiles<S, A>(p, tensors, mix.data()).backward(wanted);
+    if (use_tiles(p)) with_tiles<S, A>(p, tensors, mix.data(), [&](auto tiles) { tiles.backward(wanted); });
     else DynamicSamples<S, A, P>(p, tensors, mix.data()).backward(wanted);
     if (b && (want_bias || want_attention)) {
       const Buffer<A> sums = pixel_sums<S, A>(p, tensors);

@@ -7,6 +7,7 @@
 #include "common/cpu_level.h"
 #include "common/dispatch.h"
 #include "common/half_types.h"
+#include "common/matmul_bfloat16.h"
 #include "dynamic_conv2d/dynamic_conv2d_math.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -35,26 +36,6 @@ struct BankSums {
   int64_t kernel_stride, row_stride;
 };
 
-// Distance of the rows of a mixed block, and with it the most weights that they have. An odd number of cache lines, so
-// that equal positions of several rows don't fall into one set of the cache.
-constexpr int kKernelRow = 336;
-
-// c[i][j] = sum_k a[i][k] b[k][j], for up to two vectors of columns j. a[i][k] lies at
-// i * (a distance that the function's name tells) + k % segment * a_step + k / segment * a_segment, b[k] at k * b_step,
-// whole vectors readable.
-template <class acc_t>
-struct Product {
-  const acc_t* a;
-  int64_t a_step, a_segment, segment;
-  const acc_t* b;
-  int64_t b_step;
-  acc_t* c;
-  int64_t c_row;
-  int64_t rows, columns, depth;
-  const acc_t* start;  // what the sums of each row start at, or null
-  bool accumulate;     // without start: at c, or at zero
-};
-
 // A run of an image's channels, and how its padded copy lies: (channel, row, column).
 template <class storage_t>
 struct ImageChunk {
@@ -69,10 +50,12 @@ struct ColumnPlan {
   const int32_t* row_offset;
   const int32_t* pixel_offset;
   int64_t rows, pixels;
-  int64_t panel;  // pixels of a panel
+  int64_t panel;        // pixels of a panel
+  int64_t padded_rows;  // rows of a panel with those that are zero
 };
 
-// storage_t is what the tensors hold, acc_t what is computed in, product_t what torch's convolution multiplies.
+// Loops over the bank. storage_t is what the tensors hold, acc_t what is computed in, product_t what torch's convolution
+// multiplies.
 template <class storage_t, class acc_t, class product_t>
 struct DynamicKernels {
   int64_t lanes;
@@ -81,25 +64,37 @@ struct DynamicKernels {
   void (*unmix)(const BankBlock<storage_t>&, const product_t* grads, int64_t grad_stride, int64_t grad_row,
                 const acc_t* a, int64_t samples, BankSums<acc_t> sums, bool accumulate, acc_t* dots);
   void (*add_lanes)(acc_t* vectors, int64_t count, acc_t* out);
-  // Rows of a are kKernelRow, 1, one vector and two vectors apart.
-  void (*product)(const Product<acc_t>&);
-  void (*product_transposed)(const Product<acc_t>&);
-  void (*product_panel)(const Product<acc_t>&);
-  void (*product_two_panels)(const Product<acc_t>&);
-  void (*pack_rows)(const ImageChunk<storage_t>&, int64_t begin, int64_t end, acc_t* padded);
-  void (*unpack_rows)(const acc_t* padded, int64_t padding_height, const ImageChunk<storage_t>&);
-  void (*make_columns)(const acc_t* padded, const ColumnPlan&, acc_t* columns);
-  void (*make_transposed_columns)(const acc_t* padded, const ColumnPlan&, acc_t* columns);
-  void (*add_columns)(const acc_t* columns, const ColumnPlan&, acc_t* padded);
-  void (*make_panels)(const storage_t* from, int64_t row_stride, int64_t pixel_stride, int64_t rows, int64_t pixels,
-                      int64_t panel, acc_t* panels);
-  void (*write_rows)(const acc_t* from, int64_t from_row, storage_t* to, int64_t to_row, int64_t to_column,
-                     int64_t rows, int64_t columns);
   void (*to_product)(const storage_t*, product_t*, int64_t);
   void (*from_product)(const product_t*, storage_t*, int64_t);
   void (*from_acc)(const acc_t*, storage_t*, int64_t);
   void (*add_row)(const storage_t*, acc_t*, int64_t);
   acc_t (*sum_row)(const storage_t*, int64_t);
+};
+
+// Loops over tiles. tile_t is what their product multiplies: acc_t, or bfloat16 in matmul_pairs' layouts.
+template <class storage_t, class acc_t, class tile_t>
+struct DynamicTileKernels {
+  int64_t lanes;
+  void (*mix)(const BankBlock<storage_t>&, const acc_t* a, int64_t samples, tile_t* out, int64_t out_stride,
+              int64_t out_row);
+  void (*unmix)(const BankBlock<storage_t>&, const acc_t* grads, int64_t grad_stride, int64_t grad_row, const acc_t* a,
+                int64_t samples, BankSums<acc_t> sums, bool accumulate, acc_t* dots);
+  void (*add_lanes)(acc_t* vectors, int64_t count, acc_t* out);
+  void (*matmul)(const Matmul<tile_t, acc_t>&);
+  void (*pack_rows)(const ImageChunk<storage_t>&, int64_t begin, int64_t end, acc_t* padded);
+  void (*unpack_rows)(const acc_t* padded, int64_t padding_height, const ImageChunk<storage_t>&);
+  void (*make_columns)(const acc_t* padded, const ColumnPlan&, tile_t* columns);
+  void (*make_transposed_columns)(const acc_t* padded, const ColumnPlan&, tile_t* columns);
+  void (*add_columns)(const acc_t* columns, const ColumnPlan&, acc_t* padded);
+  void (*make_panels)(const storage_t* from, int64_t row_stride, int64_t pixel_stride, int64_t rows, int64_t pixels,
+                      int64_t panel, tile_t* panels);
+  void (*write_rows)(const acc_t* from, int64_t from_row, storage_t* to, int64_t to_row, int64_t to_column,
+                     int64_t rows, int64_t columns);
+  void (*from_acc)(const acc_t*, storage_t*, int64_t);
+  // For pairs only.
+  void (*make_pair_panels)(const storage_t* from, int64_t row_stride, int64_t pixel_stride, int64_t rows,
+                           int64_t padded_rows, int64_t pixels, tile_t* panels) = nullptr;
+  void (*turn_over)(const storage_t* from, int64_t row_stride, int64_t outs, int64_t count, tile_t* turned) = nullptr;
 };
 
 }  // namespace dynconv
@@ -117,6 +112,24 @@ const DynamicKernels<storage_t, acc_t, product_t>& dynamic_kernels() {
     if (cpu_level() == CpuLevel::avx2) return avx2::dynamic_kernels<storage_t, acc_t, product_t>();
 #endif
     return baseline::dynamic_kernels<storage_t, acc_t, product_t>();
+  }();
+  return chosen;
+}
+
+template <class storage_t, class acc_t, class tile_t>
+const DynamicTileKernels<storage_t, acc_t, tile_t>& dynamic_tile_kernels() {
+  static const auto chosen = [] {
+#if defined(__x86_64__)
+    if constexpr (!std::is_same_v<tile_t, acc_t>) {
+      return avx512_bf16::dynamic_tile_kernels<storage_t, acc_t, tile_t>();
+    } else {
+      if (cpu_level() == CpuLevel::avx512) return avx512::dynamic_tile_kernels<storage_t, acc_t, tile_t>();
+      if (cpu_level() == CpuLevel::avx2) return avx2::dynamic_tile_kernels<storage_t, acc_t, tile_t>();
+      return baseline::dynamic_tile_kernels<storage_t, acc_t, tile_t>();
+    }
+#else
+    return baseline::dynamic_tile_kernels<storage_t, acc_t, tile_t>();
+#endif
   }();
   return chosen;
 }

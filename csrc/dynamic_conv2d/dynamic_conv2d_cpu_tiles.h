@@ -6,15 +6,26 @@
 //   tile     some pixels of one sample, or all pixels of some samples
 //   chunk    some channels of a group; with the taps, the rows of the columns
 //   panel    one or two vectors of pixels: what the innermost loop multiplies
+//
+// tile_t is what the products multiply: acc_t, or bfloat16 where the CPU does that itself (common/matmul_bfloat16.h). Mixed
+// kernels are then rounded to bfloat16 once; sums are float32 everywhere.
 #pragma once
 
 #include "dynamic_conv2d/dynamic_conv2d_cpu.h"
 
 namespace dynconv {
 
+// Whether tiles are in matmul_pairs' layouts.
+template <class tile_t>
+constexpr bool kPairs = sizeof(tile_t) == 2;
+
+// Most weights of a row of a mixed block.
+constexpr int64_t kMostRows = 336;
+
 // Output channels that are mixed at once: many for few samples, fewer for many, so that all their mixed blocks and the
 // columns fit a core's second-level cache.
 constexpr int64_t kTileChannels = 32, kTileChannelsManySamples = 16, kManySamples = 9;
+static_assert(kTileChannels == kPairDepth);
 // Columns of a tile: rows of about this many weights times about this many pixels stay in a core's second-level cache.
 constexpr int64_t kTileRows = 288, kTilePixels = 512;
 // Output channels that a thread takes at once, at most: their sums should stay in the cache, too.
@@ -25,20 +36,40 @@ constexpr int64_t kMostSamples = 16;
 constexpr int64_t kMostPaddedBytes = 64 * 1024 * 1024;
 
 inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+// The least odd number of cache lines that holds count elements, in elements.
+template <class T>
+int64_t odd_lines(int64_t count) {
+  constexpr int64_t line = 64 / sizeof(T);
+  return (blocks_of(count, line) / 2 * 2 + 1) * line;
+}
+
+// Whether a channel's taps fit a chunk, and a padded chunk has a bearable size.
+inline bool tiles_fit(const DynamicConv2dParams& p) {
+  const int64_t channels = std::max<int64_t>(1, std::min(p.group_channels(), kTileRows / p.taps()));
+  const double padded = double(p.height + 2 * p.padding_height) * double(p.width + 2 * p.padding_width);
+  return p.taps() <= kMostRows && padded * double(channels) * 8 <= kMostPaddedBytes;
+}
 
 // How a call is cut.
+template <class tile_t>
 struct TileSchedule {
+  static constexpr bool pairs = kPairs<tile_t>;
+  // What rows of columns and output channels are rounded up to where they are the depth of a product, and its rows.
+  static constexpr int64_t depth_step = pairs ? kPairDepth : 1, row_step = pairs ? kPairRows : 1;
+
   int64_t threads, lanes, panel;
   int64_t chunk_channels, chunks;      // chunks of a group
   int64_t rows, padded_rows;           // of a whole chunk's columns; padded to two vectors
   int64_t samples, sample_blocks;      // samples of a tile
   int64_t tile_channels, tile_kernels; // output channels mixed at once; size of one sample's block of them
+  int64_t kernel_row;                  // distance of its rows
   int64_t tile_pixels, tiles;          // pixels of a tile, a multiple of panel; tiles of a sample
+  int64_t grad_row, tile_grads;        // distance of the rows of a tile of grad_out; size of one sample's
   int64_t padded_height, padded_width;
 
   TileSchedule(const DynamicConv2dParams& p, int64_t vector_lanes)
       : threads(std::max<int64_t>(1, torch::stable::get_num_threads())), lanes(vector_lanes) {
-    panel = p.out_pixels() <= lanes ? lanes : 2 * lanes;
+    panel = pairs || p.out_pixels() <= lanes ? lanes : 2 * lanes;
     chunk_channels = std::max<int64_t>(1, kTileRows / p.taps());
     if (chunk_channels > lanes) chunk_channels = chunk_channels / lanes * lanes;
     chunk_channels = std::min(chunk_channels, p.group_channels());
@@ -51,28 +82,29 @@ struct TileSchedule {
     tiles = blocks_of(p.out_pixels(), tile_pixels);
     samples = tiles > 1 ? 1 : std::clamp<int64_t>(kTilePixels / pixels, 1, std::min(kMostSamples, p.batch));
     if (samples > 4) samples = samples / 4 * 4;  // mixed in fours
-    tile_channels = samples < kManySamples ? kTileChannels : kTileChannelsManySamples;
-    tile_kernels = tile_channels * kKernelRow;
+    tile_channels = pairs || samples < kManySamples ? kTileChannels : kTileChannelsManySamples;
+    // An odd number of cache lines, so that equal positions of several rows don't fall into one set of the cache.
+    kernel_row = odd_lines<tile_t>(round_up(rows, depth_step));
+    tile_kernels = std::max(tile_channels * kernel_row, pairs ? turned_size() : 0);
     sample_blocks = blocks_of(p.batch, samples);
+    grad_row = odd_lines<tile_t>(round_up(tile_pixels, 2 * lanes));
+    tile_grads = tile_channels * grad_row;
     padded_height = p.height + 2 * p.padding_height;
     padded_width = p.width + 2 * p.padding_width;
   }
 
-  // Whether a channel's taps fit a chunk, and a padded chunk has a bearable size.
-  static bool fits(const DynamicConv2dParams& p) {
-    const int64_t channels = std::max<int64_t>(1, std::min(p.group_channels(), kTileRows / p.taps()));
-    const double padded = double(p.height + 2 * p.padding_height) * double(p.width + 2 * p.padding_width);
-    return p.taps() <= kKernelRow && padded * double(channels) * 8 <= kMostPaddedBytes;
-  }
+  // A block of a kernel turned over, (weight, output channel), and the run of it that is mixed at once.
+  static constexpr int64_t kTurnedRun = 48 * kPairDepth;
+  int64_t turned_size() const { return odd_lines<tile_t>(round_up(rows * kPairDepth, kTurnedRun)); }
 };
 
-template <class storage_t, class acc_t>
+template <class storage_t, class acc_t, class tile_t>
 class DynamicTiles {
  public:
   DynamicTiles(const DynamicConv2dParams& params, const DynamicTensors<storage_t>& tensors, const acc_t* mix)
       : p(params),
         t(tensors),
-        k(dynamic_kernels<storage_t, acc_t, acc_t>()),
+        k(dynamic_tile_kernels<storage_t, acc_t, tile_t>()),
         mix_(mix),
         s(params, k.lanes),
         row_offset_(s.padded_rows + 2 * s.lanes) {}
@@ -110,8 +142,8 @@ class DynamicTiles {
     image_rows_ = s.padded_height;
     set_row_offsets();
     // All pixels of a sample; tiles take their part of the table.
-    pixel_offset_ = Buffer<int32_t>(s.tiles * s.tile_pixels);
-    set_pixel_offsets(pixel_offset_.data(), 0, p.out_pixels(), s.tiles * s.tile_pixels, 0);
+    pixel_offset_ = Buffer<int32_t>(s.tiles * s.tile_pixels + 2 * s.lanes);
+    set_pixel_offsets(pixel_offset_.data(), 0, p.out_pixels(), pixel_offset_.size(), 0);
     // Chunks of channels are shared out; with fewer chunks than threads samples as well, each part with sums of its own.
     const int64_t size = p.bank.num_kernels * p.bank.kernel_size(), chunks = p.groups * s.chunks;
     const int64_t parts = std::min(s.sample_blocks, blocks_of(s.threads, chunks));
@@ -186,15 +218,20 @@ class DynamicTiles {
   // Results go to the tensor itself where it is of the sums' type and layout.
   bool direct() const { return std::is_same_v<storage_t, acc_t> && !p.channels_last; }
 
+  struct NoUnit {};
+  using Unit = std::conditional_t<kPairs<tile_t>, PairUnit, NoUnit>;
+
   struct ForwardScratch {
-    Buffer<acc_t> image, columns, kernels, sums;
+    [[maybe_unused]] Unit unit;
+    Buffer<acc_t> image, sums;
+    Buffer<tile_t> columns, kernels;
     Buffer<int32_t> pixel_offset;
 
     ForwardScratch(const DynamicTiles& call, int64_t range)
         : image(call.image_size()),
-          columns(call.s.samples * call.s.rows * call.s.tile_pixels),
+          sums(call.direct() ? 0 : call.s.samples * round_up(range, call.s.row_step) * call.s.tile_pixels),
+          columns(call.s.samples * call.s.padded_rows * call.s.tile_pixels),
           kernels(call.s.samples * call.s.tile_kernels),
-          sums(call.direct() ? 0 : call.s.samples * range * call.s.tile_pixels),
           pixel_offset(call.s.tile_pixels) {
       image.zero();
     }
@@ -208,20 +245,22 @@ class DynamicTiles {
     const int64_t first_row = begin / p.out_width * p.stride_height;
     const int64_t last_row = (begin + count - 1) / p.out_width * p.stride_height +
                              (p.kernel_height - 1) * p.dilation_height;
-    const int64_t used = round_up(count, s.panel);
+    const int64_t used = round_up(count, s.panel), sample_sums = round_up(outs, s.row_step) * used;
     set_pixel_offsets(x.pixel_offset.data(), begin, count, s.tile_pixels, first_row);
     for (int64_t c0 = 0; c0 < p.group_channels(); c0 += s.chunk_channels) {
       const int64_t channels = std::min(s.chunk_channels, p.group_channels() - c0), rows = channels * taps;
-      const ColumnPlan plan{row_offset_.data(), x.pixel_offset.data(), rows, count, s.panel};
+      const int64_t depth = round_up(rows, s.depth_step);
+      const ColumnPlan plan{row_offset_.data(), x.pixel_offset.data(), rows, count, s.panel, depth};
       for (int64_t i = 0; i < samples; ++i) {
         k.pack_rows(image_chunk(t.input, n0 + i, group * p.group_channels() + c0, channels),
                     first_row - p.padding_height, last_row + 1 - p.padding_height, x.image.data());
-        k.make_columns(x.image.data(), plan, x.columns.data() + i * rows * used);
+        k.make_columns(x.image.data(), plan, x.columns.data() + i * depth * used);
       }
       for (int64_t o = 0; o < outs; o += s.tile_channels) {
         const int64_t tile_outs = std::min(s.tile_channels, outs - o);
         k.mix(bank_block(o0 + o, tile_outs, c0, rows), mix_ + n0 * p.bank.num_kernels, samples, x.kernels.data(),
-              s.tile_kernels, kKernelRow);
+              s.tile_kernels, s.kernel_row);
+        if (depth > rows) clear_tails(x.kernels.data(), samples, tile_outs, rows, depth);
         for (int64_t i = 0; i < samples; ++i) {
           acc_t* c;
           int64_t c_row;
@@ -229,14 +268,12 @@ class DynamicTiles {
             c = reinterpret_cast<acc_t*>(out_) + ((n0 + i) * p.out_channels + o0 + o) * p.out_pixels() + begin;
             c_row = p.out_pixels();
           } else {
-            c = x.sums.data() + (i * outs + o) * used;
+            c = x.sums.data() + i * sample_sums + o * used;
             c_row = used;
           }
           const acc_t* start = c0 == 0 && t.bias ? bias_.data() + (n0 + i) * p.out_channels + o0 + o : nullptr;
-          for (int64_t pixel = 0; pixel < count; pixel += s.panel)
-            k.product({x.kernels.data() + i * s.tile_kernels, 1, 0, rows,
-                       x.columns.data() + (i * used + pixel) * rows, s.panel, c + pixel, c_row, tile_outs,
-                       std::min(s.panel, count - pixel), rows, start, c0 > 0});
+          k.matmul({tile_outs, count, depth, x.kernels.data() + i * s.tile_kernels, s.kernel_row, 1,
+                    x.columns.data() + i * used * depth, s.panel, s.panel * depth, true, c, c_row, c0 > 0, start});
         }
       }
     }
@@ -244,43 +281,60 @@ class DynamicTiles {
     for (int64_t i = 0; i < samples; ++i) {
       storage_t* out = out_ + (n0 + i) * p.out_channels * p.out_pixels();
       if (p.channels_last)
-        k.write_rows(x.sums.data() + i * outs * used, used, out + begin * p.out_channels + o0, 1, p.out_channels, outs,
+        k.write_rows(x.sums.data() + i * sample_sums, used, out + begin * p.out_channels + o0, 1, p.out_channels, outs,
                      count);
       else
-        k.write_rows(x.sums.data() + i * outs * used, used, out + o0 * p.out_pixels() + begin, p.out_pixels(), 1, outs,
+        k.write_rows(x.sums.data() + i * sample_sums, used, out + o0 * p.out_pixels() + begin, p.out_pixels(), 1, outs,
                      count);
     }
+  }
+
+  // Weights [rows, depth) of mixed blocks.
+  void clear_tails(tile_t* kernels, int64_t samples, int64_t outs, int64_t rows, int64_t depth) const {
+    for (int64_t i = 0; i < samples; ++i)
+      for (int64_t o = 0; o < outs; ++o) {
+        tile_t* row = kernels + i * s.tile_kernels + o * s.kernel_row;
+        std::fill(row + rows, row + depth, tile_t{});
+      }
   }
 
   // --------------------------------------------------------------------------------------------------------- backward
 
   struct BackwardScratch {
-    Buffer<acc_t> image, grad_image, columns, grad_columns, grad_out, kernels, grad_kernels;
+    [[maybe_unused]] Unit unit;
+    Buffer<acc_t> image, grad_image, grad_columns, grad_kernels;
+    Buffer<tile_t> columns, grad_panels, grad_rows, kernels;
+    Buffer<tile_t> turned;     // (output channels, K, weight, output channel), for pairs
     Buffer<acc_t> local_sums;  // (K, output channel of the group, weight of the chunk)
     Buffer<acc_t> dot_lanes;   // (sample of the tile, K, lane)
     acc_t* sums = nullptr;     // of the bank's gradient, (K, O, row)
     acc_t* dots = nullptr;     // (N, K)
 
     explicit BackwardScratch(const DynamicTiles& call) {
-      const TileSchedule& s = call.s;
+      const auto& s = call.s;
       const bool want_kernel = call.wanted_.weight || call.wanted_.mix;
-      grad_out = Buffer<acc_t>(s.samples * s.tile_channels * s.tile_pixels);
       if (call.wanted_.mix) dot_lanes = Buffer<acc_t>(s.samples * call.p.bank.num_kernels * s.lanes);
       dot_lanes.zero();
       if (want_kernel) {
         image = Buffer<acc_t>(call.image_size());
         image.zero();
-        columns = Buffer<acc_t>(s.samples * s.padded_rows * s.tile_pixels);
+        columns = Buffer<tile_t>(s.samples * s.padded_rows * round_up(s.tile_pixels, s.depth_step));
+        grad_rows = Buffer<tile_t>(s.tile_grads);
         // With several tiles, sums over them.
         grad_kernels = Buffer<acc_t>(
-            (s.tiles > 1 ? call.p.group_out_channels() : s.samples * s.tile_channels) * s.padded_rows);
+            (s.tiles > 1 ? round_up(call.p.group_out_channels(), s.row_step) : s.samples * s.tile_channels) *
+            s.padded_rows);
       }
       if (call.local_sums_)
         local_sums = Buffer<acc_t>(call.p.bank.num_kernels * call.p.group_out_channels() * s.rows);
       if (call.wanted_.input) {
+        grad_panels = Buffer<tile_t>(s.tile_grads);
         grad_image = Buffer<acc_t>(call.image_size());
-        grad_columns = Buffer<acc_t>(s.samples * s.rows * s.tile_pixels);
-        kernels = Buffer<acc_t>(s.samples * s.tile_kernels);
+        grad_columns = Buffer<acc_t>(s.samples * s.padded_rows * s.tile_pixels);
+        kernels = Buffer<tile_t>(s.samples * s.tile_kernels);
+        if (s.pairs)
+          turned = Buffer<tile_t>((call.keep_turned() ? blocks_of(call.p.group_out_channels(), s.tile_channels) : 1) *
+                                  call.p.bank.num_kernels * s.turned_size());
       }
     }
   };
@@ -307,43 +361,39 @@ class DynamicTiles {
 
   void backward_tile(BackwardScratch& x, int64_t group, int64_t c0, int64_t channels, int64_t n0, int64_t samples,
                      int64_t tile, bool first_samples) {
-    const auto product_with_panels = s.panel == s.lanes ? k.product_panel : k.product_two_panels;
     const bool want_kernel = wanted_.weight || wanted_.mix, last_tile = tile == s.tiles - 1;
     const int64_t begin = tile * s.tile_pixels, count = std::min(s.tile_pixels, p.out_pixels() - begin);
-    const int64_t rows = channels * p.taps(), used = round_up(count, s.panel);
-    const int64_t first_channel = group * p.group_channels() + c0, padded_pixels = p.padding_height;
-    const ColumnPlan plan{row_offset_.data(), pixel_offset_.data() + begin, rows, count, s.panel};
-    const int64_t columns_size = s.padded_rows * s.tile_pixels;
+    const int64_t rows = channels * p.taps(), first_channel = group * p.group_channels() + c0;
+    const int64_t padded_rows = round_up(rows, s.row_step), depth = round_up(count, s.depth_step);
+    const ColumnPlan plan{row_offset_.data(), pixel_offset_.data() + begin, rows, count, s.panel, padded_rows};
+    const int64_t columns_size = s.padded_rows * round_up(s.tile_pixels, s.depth_step);
+    const int64_t grad_columns_size = s.padded_rows * s.tile_pixels;
     for (int64_t i = 0; want_kernel && i < samples; ++i) {
       if (tile == 0)
         k.pack_rows(image_chunk(t.input, n0 + i, first_channel, channels), -p.padding_height,
                     p.height + p.padding_height, x.image.data());
       k.make_transposed_columns(x.image.data(), plan, x.columns.data() + i * columns_size);
     }
-    const int64_t outs = p.group_out_channels();
     const acc_t* a = mix_ + n0 * p.bank.num_kernels;
+    const int64_t outs = p.group_out_channels(), row_panel = kPairs<tile_t> ? kPairPanel : 2 * s.lanes;
     for (int64_t o = 0; o < outs; o += s.tile_channels) {
       const int64_t tile_outs = std::min(s.tile_channels, outs - o), first_out = group * outs + o;
       const auto bank = bank_block(first_out, tile_outs, c0, rows);
-      for (int64_t i = 0; i < samples; ++i) pack_grad_out(x, n0 + i, first_out, tile_outs, begin, count, i);
       if (wanted_.input) {
-        k.mix(bank, a, samples, x.kernels.data(), s.tile_kernels, kKernelRow);
+        const auto mixed = mixed_block(x, bank, o, first_samples && tile == 0);
+        k.mix(mixed, a, samples, x.kernels.data(), s.tile_kernels, kPairs<tile_t> ? mixed.count : s.kernel_row);
         for (int64_t i = 0; i < samples; ++i)
-          for (int64_t pixel = 0; pixel < used; pixel += s.panel)
-            k.product_transposed({x.kernels.data() + i * s.tile_kernels, kKernelRow, 0, tile_outs,
-                                  grad_out_panels(x, i) + pixel * tile_outs, s.panel,
-                                  x.grad_columns.data() + (i * s.tile_pixels + pixel) * rows, s.panel, rows, s.panel,
-                                  tile_outs, nullptr, o > 0});
+          add_grad_columns(x, n0 + i, first_out, tile_outs, rows, begin, count, x.kernels.data() + i * s.tile_kernels,
+                           x.grad_columns.data() + i * grad_columns_size, o > 0);
       }
       if (!want_kernel) continue;
       acc_t* grads = x.grad_kernels.data() + (s.tiles > 1 ? o * s.padded_rows : 0);
       const int64_t grad_size = s.tile_channels * s.padded_rows;
-      for (int64_t i = 0; i < samples; ++i)
-        for (int64_t row = 0; row < rows; row += 2 * s.lanes)
-          product_with_panels({grad_out_panels(x, i), 1, tile_outs * s.panel, s.panel,
-                               x.columns.data() + i * columns_size + row * count, 2 * s.lanes,
-                               grads + i * grad_size + row, s.padded_rows, tile_outs,
-                               std::min(2 * s.lanes, rows - row), count, nullptr, tile > 0});
+      for (int64_t i = 0; i < samples; ++i) {
+        pack_grad_out(n0 + i, first_out, tile_outs, begin, count, s.grad_row, x.grad_rows.data());
+        k.matmul({tile_outs, rows, depth, x.grad_rows.data(), s.grad_row, 1, x.columns.data() + i * columns_size,
+                  row_panel, row_panel * depth, true, grads + i * grad_size, s.padded_rows, tile > 0});
+      }
       if (last_tile)
         k.unmix(bank, grads, grad_size, s.padded_rows, a, samples, sums_of(x, bank, o), !first_samples,
                 x.dot_lanes.data());
@@ -352,31 +402,65 @@ class DynamicTiles {
       k.add_lanes(x.dot_lanes.data(), samples * p.bank.num_kernels, x.dots + n0 * p.bank.num_kernels);
     for (int64_t i = 0; wanted_.input && i < samples; ++i) {
       if (tile == 0) x.grad_image.zero();
-      k.add_columns(x.grad_columns.data() + i * s.tile_pixels * rows, plan, x.grad_image.data());
+      k.add_columns(x.grad_columns.data() + i * grad_columns_size, plan, x.grad_image.data());
       if (last_tile)
-        k.unpack_rows(x.grad_image.data(), padded_pixels,
+        k.unpack_rows(x.grad_image.data(), p.padding_height,
                       image_chunk(wanted_.input, n0 + i, first_channel, channels));
     }
   }
 
-  acc_t* grad_out_panels(BackwardScratch& x, int64_t j) const {
-    return x.grad_out.data() + j * s.tile_channels * s.tile_pixels;
+  // Whether blocks of the bank are needed again for other samples or pixels.
+  bool keep_turned() const { return s.sample_blocks > 1 || s.tiles > 1; }
+
+  // What is mixed for the gradient of input. For pairs the bank's block turned over, (weight, output channel), once for
+  // all samples: the product wants the mixed kernels thus.
+  BankBlock<storage_t> mixed_block(BackwardScratch& x, const BankBlock<storage_t>& bank, int64_t o, bool first_pass) {
+    if constexpr (!kPairs<tile_t>) {
+      return bank;
+    } else {
+      const int64_t size = s.turned_size(), run = s.kTurnedRun, kernels = p.bank.num_kernels;
+      tile_t* turned = x.turned.data() + (keep_turned() ? o / s.tile_channels * kernels * size : 0);
+      for (int64_t j = 0; first_pass && j < kernels; ++j)
+        k.turn_over(bank.data + j * bank.kernel_stride, bank.row_stride, bank.rows, bank.count, turned + j * size);
+      return {turned, kernels, size, blocks_of(bank.count * kPairDepth, run), run, run};
+    }
   }
 
-  void pack_grad_out(BackwardScratch& x, int64_t n, int64_t o, int64_t outs, int64_t begin, int64_t count, int64_t j) {
+  // Columns of a sample's grad_input (+)= its transposed mixed kernels times grad_out, for a block of output channels.
+  void add_grad_columns(BackwardScratch& x, int64_t n, int64_t first_out, int64_t outs, int64_t rows, int64_t begin,
+                        int64_t count, const tile_t* kernels, acc_t* columns, bool accumulate) {
+    const int64_t depth = round_up(outs, s.depth_step);
+    pack_grad_out(n, first_out, outs, begin, count, s.panel, x.grad_panels.data());
+    k.matmul({rows, count, depth, kernels, kPairs<tile_t> ? kPairDepth : 1, kPairs<tile_t> ? 1 : s.kernel_row,
+              x.grad_panels.data(), s.panel, s.panel * depth, true, columns, s.panel, accumulate, nullptr,
+              s.panel * round_up(rows, s.row_step)});
+  }
+
+  // Pixels [begin, begin + count) of output channels [o, o + outs) in panels, zero behind the last: one long panel is
+  // rows, the left factor of a product, panels of s.panel are its right one.
+  void pack_grad_out(int64_t n, int64_t o, int64_t outs, int64_t begin, int64_t count, int64_t panel,
+                     tile_t* panels) const {
     const int64_t pixels = p.out_pixels();
-    const storage_t* sample = t.grad_out + n * p.out_channels * pixels;
-    if (t.grad_out_channels_last)
-      k.make_panels(sample + begin * p.out_channels + o, 1, p.out_channels, outs, count, s.panel, grad_out_panels(x, j));
+    const storage_t* from = t.grad_out + n * p.out_channels * pixels;
+    int64_t row_stride = pixels, pixel_stride = 1;
+    if (t.grad_out_channels_last) {
+      from += begin * p.out_channels + o;
+      row_stride = 1;
+      pixel_stride = p.out_channels;
+    } else {
+      from += o * pixels + begin;
+    }
+    if (kPairs<tile_t> && panel == s.panel)
+      k.make_pair_panels(from, row_stride, pixel_stride, outs, round_up(outs, s.depth_step), count, panels);
     else
-      k.make_panels(sample + o * pixels + begin, pixels, 1, outs, count, s.panel, grad_out_panels(x, j));
+      k.make_panels(from, row_stride, pixel_stride, outs, count, panel, panels);
   }
 
   const DynamicConv2dParams& p;
   const DynamicTensors<storage_t>& t;
-  const DynamicKernels<storage_t, acc_t, acc_t>& k;
+  const DynamicTileKernels<storage_t, acc_t, tile_t>& k;
   const acc_t* mix_;
-  const TileSchedule s;
+  const TileSchedule<tile_t> s;
   int64_t image_rows_ = 0;
   Buffer<int32_t> row_offset_, pixel_offset_;
   Buffer<acc_t> bias_;
