@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -402,7 +405,7 @@ def test_non_finite_values_stay_where_they_belong():
     results = []
     for dtype in (torch.float32, torch.bfloat16):
         tensors = [t.detach().to(dtype).requires_grad_() for t in values]
-        out = call(dynamic_conv2d, case, tensors)
+        out = case.call(dynamic_conv2d, tensors)
         out.backward(grad.to(dtype))
         results.append([out.detach(), *(t.grad for t in tensors)])
     assert not results[0][0].isfinite().all() and results[0][0].isfinite().any()
