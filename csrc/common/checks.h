@@ -103,6 +103,18 @@ inline void check_pair(const char* name, const std::vector<int64_t>& values, int
     if (value < lowest) fail(name, ": got (", values[0], ", ", values[1], "), expected values >= ", lowest);
 }
 
+// The gradient that comes into a convolution's backward. out_channels_name: the argument's size that sets O.
+template <class Params>
+void check_grad_out(const Tensor& grad_out, const Tensor& input, const Params& p, const char* out_channels_name) {
+  check_dim("grad_out", grad_out, 4, "(N, O, Ho, Wo)");
+  check_same_dtype("grad_out", grad_out, input);
+  check_same_device("grad_out", grad_out, input);
+  check_equal("grad_out.shape[0]", grad_out.size(0), "input.shape[0]", p.batch);
+  check_equal("grad_out.shape[1]", grad_out.size(1), out_channels_name, p.out_channels);
+  check_equal("grad_out.shape[2]", grad_out.size(2), "output height", p.out_height);
+  check_equal("grad_out.shape[3]", grad_out.size(3), "output width", p.out_width);
+}
+
 // The library's one rule for the layout of an output: channels_last if the input is so and not contiguous as well.
 inline bool is_channels_last(const Tensor& tensor) {
   if (tensor.dim() != 4 || tensor.is_contiguous()) return false;

@@ -39,12 +39,15 @@ struct DataShared {
   static constexpr int kStride = T::kRow + 16 / int(sizeof(acc_t));        // of the gradients' rows, in numbers
   static constexpr int kGradients = kPixels * kStride * int(sizeof(acc_t));
   static constexpr int kSamples = kPixels * int(sizeof(Sample<acc_t>));
-  static constexpr int kExtras = kPixels * int(sizeof(SampleExtras<acc_t>) + sizeof(acc_t));
+  static constexpr int kExtras = kPixels * int(sizeof(SampleExtras<acc_t>));
   static constexpr int kDots = kPixels * kRowChunks * 4 * int(sizeof(acc_t));
-  static constexpr int kPlaces = kPixels * int(sizeof(Pixel) + 4);
+  static constexpr int kPlaces = kPixels * int(sizeof(Pixel));
   static constexpr int kFixed = 2 * kWeight + kGradients + kSamples + kExtras + kDots + kPlaces;
   // Output gradients that stay in shared memory: at most this many chunks of kRow outputs.
   static constexpr int kMostChunks = 8;
+  static __host__ __device__ int resident(int output_chunks) {
+    return output_chunks < kMostChunks ? output_chunks : kMostChunks;
+  }
 };
 
 template <class T, bool vectors>
@@ -59,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_data_kernel(const DataAr
   constexpr int kWarpM = kPixels / kWarpsM, kWarpN = kRow / kWarpsN;
   constexpr int kItems = kPixels * kRowChunks / kThreads;
 
-  const int resident = a.output_chunks < Shared::kMostChunks ? a.output_chunks : Shared::kMostChunks;
+  const int resident = Shared::resident(a.output_chunks);
   unsigned char* const grads_out = dynamic_shared();  // (resident, kPixels) rows
   unsigned char* const weights = grads_out + resident * kPixels * kRowBytes;
   auto* const gradients = reinterpret_cast<acc_t*>(weights + 2 * Shared::kWeight);
@@ -200,14 +203,7 @@ __global__ void pack_weight_transposed_kernel(const Steps steps, const typename 
   const int64_t chunk = i / T::kRow / T::kRow;
   const int o = int(chunk % output_chunks) * T::kRow + int(i % T::kRow);
   const Step step(steps, int(chunk / output_chunks));
-  typename T::operand_t value{};
-  if (row < step.channels(steps) && o < steps.group_out_channels) {
-    const int64_t out_channel = int64_t(step.g) * steps.group_out_channels + o;
-    const int channel = step.channel(steps) + row - step.g * steps.group_channels;
-    value = as_operand<typename T::storage_t, typename T::operand_t>(
-        weight[(out_channel * steps.group_channels + channel) * steps.taps + step.tap]);
-  }
-  packed[i] = value;
+  packed[i] = weight_operand<T>(steps, step, weight, o, row);
 }
 
 // ---------------------------------------------------------------------------------------- the deterministic way
@@ -243,10 +239,10 @@ __global__ void __launch_bounds__(kThreads) owned_scatter_kernel(const OwnedArgu
   for (int64_t begin = 0; begin < pixels * a.taps; begin += kOwnedSamples) {
     if (thread < kOwnedSamples) {
       const int64_t i = begin + thread;
-      const Pixel pixel(a.geometry, i / a.taps, pixels);
-      const Pixel placed = pixel.image < 0 ? pixel : pixel.of_image(a.first_image + image);
+      Pixel pixel(a.geometry, i / a.taps, pixels);
+      if (pixel.image >= 0) pixel.image = a.first_image + image;
       SampleExtras<acc_t> extras;
-      samples[thread] = source.sample(a.geometry, placed, d, int(i % a.taps), &extras);
+      samples[thread] = source.sample(a.geometry, pixel, d, int(i % a.taps), &extras);
     }
     __syncthreads();
     for (int s = 0; s < kOwnedSamples && begin + s < pixels * a.taps; ++s) {
@@ -316,7 +312,7 @@ struct Workspace {
 template <class T, bool vectors>
 cudaError_t launch_data(const DataArguments& a, cudaStream_t stream) {
   using Shared = DataShared<T>;
-  const int resident = a.output_chunks < Shared::kMostChunks ? a.output_chunks : Shared::kMostChunks;
+  const int resident = Shared::resident(a.output_chunks);
   return launch(backward_data_kernel<T, vectors>, ceil_div(a.rows - a.first_row, kPixels) * a.steps.offset_groups,
                 kThreads, size_t(Shared::kFixed + resident * kPixels * kRowBytes), stream, a);
 }

@@ -165,11 +165,6 @@ struct Pixel {
     x = int(pixel - int64_t(y) * g.out_width);
     if (m >= rows) image = -1;
   }
-  __device__ Pixel of_image(int n) const {
-    Pixel pixel = *this;
-    pixel.image = n;
-    return pixel;
-  }
 };
 
 template <class acc_t>
@@ -342,6 +337,17 @@ template <class storage_t, class operand_t>
 DYNCONV_DEVICE operand_t as_operand(storage_t value) {
   if constexpr (sizeof(storage_t) == 4 && !std::is_same_v<storage_t, operand_t>) return operand_t{to_tf32(value)};
   else return value;
+}
+
+// The weight of output o of a step's weight group at the step's channel `column`, 0 where there is none.
+template <class T>
+DYNCONV_DEVICE typename T::operand_t weight_operand(const Steps& s, const Step& step, const typename T::storage_t* weight,
+                                                    int o, int column) {
+  if (column >= step.channels(s) || o >= s.group_out_channels) return {};
+  const int64_t out_channel = int64_t(step.g) * s.group_out_channels + o;
+  const int channel = step.channel(s) + column - step.g * s.group_channels;
+  return as_operand<typename T::storage_t, typename T::operand_t>(
+      weight[(out_channel * s.group_channels + channel) * s.taps + step.tap]);
 }
 
 inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }

@@ -163,14 +163,7 @@ __global__ void pack_weight_kernel(const Steps steps, const typename T::storage_
   const int column = int(i % T::kRow);
   const int o = int(i / T::kRow % padded_outputs);
   const Step step(steps, int(i / T::kRow / padded_outputs));
-  typename T::operand_t value{};
-  if (column < step.channels(steps) && o < steps.group_out_channels) {
-    const int64_t out_channel = int64_t(step.g) * steps.group_out_channels + o;
-    const int channel = step.channel(steps) + column - step.g * steps.group_channels;
-    value = as_operand<typename T::storage_t, typename T::operand_t>(
-        weight[(out_channel * steps.group_channels + channel) * steps.taps + step.tap]);
-  }
-  packed[i] = value;
+  packed[i] = weight_operand<T>(steps, step, weight, o, column);
 }
 
 // How wide a block is: all outputs of a group if that can be, since each block samples for itself.

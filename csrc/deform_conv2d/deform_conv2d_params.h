@@ -91,13 +91,7 @@ inline DeformConv2dParams make_params(const Tensor& input, const Tensor& offset,
 
 inline void check_backward(const DeformConv2dParams& p, const Tensor& grad_out, const Tensor& input,
                            const std::vector<bool>& output_mask) {
-  check_dim("grad_out", grad_out, 4, "(N, O, Ho, Wo)");
-  check_same_dtype("grad_out", grad_out, input);
-  check_same_device("grad_out", grad_out, input);
-  check_equal("grad_out.shape[0]", grad_out.size(0), "input.shape[0]", p.batch);
-  check_equal("grad_out.shape[1]", grad_out.size(1), "weight.shape[0]", p.out_channels);
-  check_equal("grad_out.shape[2]", grad_out.size(2), "output height", p.out_height);
-  check_equal("grad_out.shape[3]", grad_out.size(3), "output width", p.out_width);
+  check_grad_out(grad_out, input, p, "weight.shape[0]");
   if (output_mask.size() != 5) fail("output_mask: got ", output_mask.size(), " values, expected 5");
 }
 

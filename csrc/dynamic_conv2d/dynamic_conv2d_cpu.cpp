@@ -175,7 +175,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_conv2d_backward_cpu(
     const std::vector<bool>& output_mask) {
   const DynamicConv2dParams p =
       make_params(input, weight, attention, bias, stride, padding, dilation, groups, temperature);
-  check_grad_out(grad_out, input, p);
+  check_grad_out(grad_out, input, p, "weight.shape[1]");
   if (output_mask.size() != 4) fail("output_mask: got ", output_mask.size(), " values, expected 4");
   const bool want_attention = output_mask[2], want_bias = output_mask[3] && bias;
   Tensor grad_input =

@@ -76,17 +76,6 @@ inline DynamicConv2dParams make_params(const Tensor& input, const Tensor& weight
   return p;
 }
 
-// The gradient that comes into dynamic_conv2d's backward.
-inline void check_grad_out(const Tensor& grad_out, const Tensor& input, const DynamicConv2dParams& p) {
-  check_dim("grad_out", grad_out, 4, "(N, O, Ho, Wo)");
-  check_same_dtype("grad_out", grad_out, input);
-  check_same_device("grad_out", grad_out, input);
-  check_equal("grad_out.shape[0]", grad_out.size(0), "input.shape[0]", p.batch);
-  check_equal("grad_out.shape[1]", grad_out.size(1), "weight.shape[1]", p.out_channels);
-  check_equal("grad_out.shape[2]", grad_out.size(2), "output height", p.out_height);
-  check_equal("grad_out.shape[3]", grad_out.size(3), "output width", p.out_width);
-}
-
 // The gradients that come into aggregate_kernels' backward.
 inline void check_grad_kernels(const Tensor& grad_kernels, const std::optional<Tensor>& grad_biases,
                                const Tensor& weight, const KernelBankParams& p) {
