@@ -13,6 +13,7 @@ from torch.nn import init
 from dynconv_ext import _extension
 from dynconv_ext._layer import ConvLayer, at_least_one
 from dynconv_ext._registration import (
+    allow_tf32,
     check_same_device,
     check_tensor,
     double_backward,
@@ -47,15 +48,16 @@ def _fake_aggregate_backward(grad_kernels, grad_biases, weight, attention, bias,
     )
 
 
-def _fake(input, weight, attention, bias, stride, padding, dilation, groups, temperature):
+def _fake(input, weight, attention, bias, stride, padding, dilation, groups, temperature, allow_tf32=False):
     check_same_device(input, weight=weight, attention=attention, bias=bias)
     sizes = output_size(input, weight.shape[3:], stride, padding, dilation)
     return empty_like_layout(input, (input.shape[0], weight.shape[1], *sizes))
 
 
 def _fake_backward(
-    grad_out, input, weight, attention, bias, stride, padding, dilation, groups, temperature, output_mask
-):
+    grad_out, input, weight, attention, bias, stride, padding, dilation, groups, temperature, output_mask,
+    allow_tf32=False,
+):  # fmt: skip
     return (
         empty_input_gradient(output_mask[0], input),
         empty_if(output_mask[1], weight, weight.shape),
@@ -146,24 +148,25 @@ class DynamicConv2dFunction(torch.autograd.Function):
     """dynamic_conv2d with its backward; registered as the autograd formula of torch.ops.dynconv_ext.dynamic_conv2d."""
 
     @staticmethod
-    def forward(input, weight, attention, bias, stride, padding, dilation, groups, temperature):
+    def forward(input, weight, attention, bias, stride, padding, dilation, groups, temperature, tf32):
         return torch.ops.dynconv_ext.dynamic_conv2d(
-            input, weight, attention, bias, stride, padding, dilation, groups, temperature
+            input, weight, attention, bias, stride, padding, dilation, groups, temperature, tf32
         )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, weight, attention, bias, *geometry = inputs
+        input, weight, attention, bias, *geometry, tf32 = inputs
         # The bank and the inputs, never the mixed kernels: they are N / K times as large.
         ctx.save_for_backward(input, weight, attention, bias)
         ctx.geometry = geometry
+        ctx.allow_tf32 = tf32
         ctx.output_mask = [ctx.needs_input_grad[i] and inputs[i] is not None for i in range(4)]
 
     @staticmethod
     def backward(ctx, grad_out):
         input, weight, attention, bias = ctx.saved_tensors
         grads = torch.ops.dynconv_ext.dynamic_conv2d_backward(
-            grad_out, input, weight, attention, bias, *ctx.geometry, ctx.output_mask
+            grad_out, input, weight, attention, bias, *ctx.geometry, ctx.output_mask, ctx.allow_tf32
         )
         grad_input, grad_weight, grad_attention, grad_bias = only_wanted(grads, ctx.output_mask)
         return (
@@ -176,6 +179,7 @@ class DynamicConv2dFunction(torch.autograd.Function):
             None,  # dilation
             None,  # groups
             None,  # temperature
+            None,  # allow_tf32
         )
 
 
@@ -183,14 +187,16 @@ class DynamicConv2dBackwardFunction(torch.autograd.Function):
     """dynamic_conv2d_backward with its own backward (double backward), through the reference formula."""
 
     @staticmethod
-    def forward(grad_out, input, weight, attention, bias, stride, padding, dilation, groups, temperature, output_mask):
+    def forward(
+        grad_out, input, weight, attention, bias, stride, padding, dilation, groups, temperature, output_mask, tf32
+    ):
         return torch.ops.dynconv_ext.dynamic_conv2d_backward(
-            grad_out, input, weight, attention, bias, stride, padding, dilation, groups, temperature, output_mask
+            grad_out, input, weight, attention, bias, stride, padding, dilation, groups, temperature, output_mask, tf32
         )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        grad_out, input, weight, attention, bias, *geometry, output_mask = inputs
+        grad_out, input, weight, attention, bias, *geometry, output_mask, _ = inputs
         ctx.save_for_backward(grad_out, input, weight, attention, bias)
         ctx.geometry = geometry
         ctx.output_mask = output_mask
@@ -217,6 +223,7 @@ class DynamicConv2dBackwardFunction(torch.autograd.Function):
             None,  # groups
             None,  # temperature
             None,  # output_mask
+            None,  # allow_tf32
         )
 
 
@@ -325,7 +332,9 @@ def dynamic_conv2d(
         temperature: T > 0: attention are logits and the mixing weights softmax(attention / T).
 
     float32, float64, bfloat16 and float16; sums are float32 (float64 for float64). Attention may be float32 beside
-    16-bit input and weight; autocast lowers input, weight and bias only.
+    16-bit input and weight; autocast lowers input, weight and bias only. On a GPU, float32 products are exact, or
+    rounded to TF32 where ``torch.set_float32_matmul_precision`` or ``torch.backends.cuda.matmul.fp32_precision`` allows
+    it. Every sum has a fixed order.
 
     Returns:
         (N, O, Ho, Wo).
@@ -360,6 +369,7 @@ def dynamic_conv2d(
         pair("dilation", dilation),
         groups,
         _temperature(temperature),
+        allow_tf32(input),
     )
 
 

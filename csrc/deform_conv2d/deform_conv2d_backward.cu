@@ -382,14 +382,14 @@ cudaError_t run_backward(const DeformBackwardCall& call, void* workspace, cudaSt
 }  // namespace
 }  // namespace deform_cuda
 
-int64_t deform_conv2d_backward_workspace(DeformPrecision precision, const DeformBackwardCall& call) {
-  return deform_cuda::dispatch_precision(
+int64_t deform_conv2d_backward_workspace(Precision precision, const DeformBackwardCall& call) {
+  return dispatch_precision(
       precision, [&](auto types) { return deform_cuda::Workspace<decltype(types)>(call).total; });
 }
 
-cudaError_t launch_deform_conv2d_backward(DeformPrecision precision, const DeformBackwardCall& call, void* workspace,
+cudaError_t launch_deform_conv2d_backward(Precision precision, const DeformBackwardCall& call, void* workspace,
                                         cudaStream_t stream) {
-  return deform_cuda::dispatch_precision(
+  return dispatch_precision(
       precision, [&](auto types) { return deform_cuda::run_backward<decltype(types)>(call, workspace, stream); });
 }
 

@@ -6,6 +6,7 @@
 // the output gradients there: the sum over its pixels stays in registers. The shares' sums are written to the workspace
 // and added by a second kernel, in order.
 #include "common/cuda/launch.h"
+#include "common/cuda/pixel_sums.h"
 #include "deform_conv2d/deform_conv2d_cuda_backward.h"
 
 namespace dynconv {
@@ -142,47 +143,6 @@ __global__ void add_weight_shares_kernel(const Steps steps, const typename T::ac
 
 // ------------------------------------------------------------------------------------------------------------- bias
 
-// sums[share][o]: the sum of grad_out over a share of the pixels. A warp adds one output's pixels where these are
-// neighbours, else a lane does, so that lanes read neighbours either way.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    bias_share_kernel(const typename T::storage_t* grad_out, ImageStrides stride, int64_t pixels, int64_t rows,
-                      int64_t rows_of_share, int outputs, typename T::acc_t* sums) {
-  using acc_t = typename T::acc_t;
-  constexpr int kWarps = kThreads / 32;
-  auto* const parts = reinterpret_cast<acc_t*>(dynamic_shared());  // (warps, 32)
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  const int tiles = (outputs + 31) / 32;
-  const int first = int(blockIdx.x % unsigned(tiles)) * 32;
-  const int64_t share = blockIdx.x / unsigned(tiles);
-  const int64_t begin = share * rows_of_share, end = begin + rows_of_share < rows ? begin + rows_of_share : rows;
-  // The sum of output o over pixels first, first + step, ... of the share.
-  auto add = [&](int o, int64_t first, int step) {
-    acc_t sum = 0;
-    int64_t n = first / pixels, pixel = first - n * pixels;
-    for (int64_t m = first; m < end; m += step, pixel += step) {
-      while (pixel >= pixels) pixel -= pixels, ++n;
-      sum += to_acc(grad_out[n * stride.batch + o * stride.channel + pixel * stride.pixel]);
-    }
-    return sum;
-  };
-  if (stride.channel == 1) {
-    parts[warp * 32 + lane] = first + lane < outputs ? add(first + lane, begin + warp, kWarps) : acc_t(0);
-    __syncthreads();
-    if (warp == 0 && first + lane < outputs) {
-      acc_t sum = 0;
-      for (int w = 0; w < kWarps; ++w) sum += parts[w * 32 + lane];
-      sums[share * outputs + first + lane] = sum;
-    }
-  } else {
-    for (int o = first + warp; o < first + 32 && o < outputs; o += kWarps) {
-      acc_t sum = add(o, begin + lane, 32);
-      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-      if (lane == 0) sums[share * outputs + o] = sum;
-    }
-  }
-}
-
 template <class T>
 __global__ void add_bias_shares_kernel(const typename T::acc_t* sums, int64_t shares, int outputs,
                                        typename T::storage_t* grad_bias) {
@@ -273,10 +233,9 @@ cudaError_t run_backward_weight(const DeformBackwardCall& call, void* workspace,
   }
   if (call.gradients.bias != nullptr) {
     const int outputs = int(p.out_channels);
-    DYNCONV_RETURN_IF_ERROR(launch(bias_share_kernel<T>, plan.bias.count * ceil_div(outputs, 32), kThreads,
-                                   kThreads * sizeof(acc_t), stream, static_cast<const storage_t*>(call.grad_out),
-                                   grad_out_stride, p.out_pixels(), plan.rows, plan.bias.rows, outputs,
-                                   reinterpret_cast<acc_t*>(sums)));
+    DYNCONV_RETURN_IF_ERROR(launch_pixel_sums<T>(static_cast<const storage_t*>(call.grad_out), grad_out_stride,
+                                                 p.out_pixels(), plan.rows, plan.bias.rows, outputs,
+                                                 reinterpret_cast<acc_t*>(sums), stream));
     DYNCONV_RETURN_IF_ERROR(launch(add_bias_shares_kernel<T>, ceil_div(outputs, kThreads), kThreads, 0, stream,
                                    reinterpret_cast<const acc_t*>(sums), plan.bias.count, outputs,
                                    static_cast<storage_t*>(call.gradients.bias)));

@@ -10,15 +10,6 @@
 namespace dynconv {
 namespace {
 
-DeformPrecision precision_of(const Tensor& input, bool allow_tf32) {
-  switch (input.scalar_type()) {
-    case ScalarType::Double: return DeformPrecision::float64;
-    case ScalarType::BFloat16: return DeformPrecision::bfloat16;
-    case ScalarType::Half: return DeformPrecision::float16;
-    default: return allow_tf32 ? DeformPrecision::tf32 : DeformPrecision::float32;
-  }
-}
-
 void check_sizes(const DeformConv2dParams& p) {
   check_countable({{"input.shape[0]", p.batch},
                    {"input.shape[1] * kH * kW", p.channels * p.taps()},
@@ -50,7 +41,7 @@ Tensor deform_conv2d_cuda(const Tensor& input, const Tensor& offset, const Tenso
   const Tensor x = dense(input, p.channels_last), w = torch::stable::contiguous(weight);
   const std::optional<Tensor> b = dense(bias);
   const DeformCall call = make_call(p, x, w, offset, mask);
-  const DeformPrecision precision = precision_of(input, allow_tf32);
+  const Precision precision = precision_of(input, allow_tf32);
   Tensor workspace = new_workspace(input, deform_conv2d_forward_workspace(precision, p));
   check_cuda(launch_deform_conv2d_forward(precision, call, const_data<void>(b), out.mutable_data_ptr(),
                                           workspace.mutable_data_ptr(), context.stream()),
@@ -78,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward_cuda(
                                  mutable_data<void>(grads.weight), mutable_data<void>(grads.bias),
                                  mutable_data<void>(grads.mask)},
                                 deterministic};
-  const DeformPrecision precision = precision_of(input, allow_tf32);
+  const Precision precision = precision_of(input, allow_tf32);
   Tensor workspace = new_workspace(input, deform_conv2d_backward_workspace(precision, call));
   check_cuda(launch_deform_conv2d_backward(precision, call, workspace.numel() ? workspace.mutable_data_ptr() : nullptr,
                                            context.stream()),

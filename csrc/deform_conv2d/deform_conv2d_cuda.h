@@ -3,7 +3,7 @@
 // for the device or allocates: the caller brings a workspace.
 #pragma once
 
-#include "common/half_types.h"
+#include "common/cuda/types.h"
 #include "deform_conv2d/deform_conv2d.h"
 
 #include <cuda_runtime.h>
@@ -11,19 +11,6 @@
 #include <cstdint>
 
 namespace dynconv {
-
-// What the tensors hold and what is multiplied; tf32: float tensors, operands rounded to TF32. 16-bit types and TF32 are
-// multiplied on tensor cores and accumulated in float.
-enum class DeformPrecision { float64, float32, tf32, bfloat16, float16 };
-
-// In elements; of a dense (N, C, H, W) tensor in either layout.
-struct ImageStrides {
-  int64_t batch, channel, row, pixel;
-};
-inline ImageStrides image_strides(int64_t channels, int64_t height, int64_t width, bool channels_last) {
-  if (channels_last) return {channels * height * width, 1, channels * width, channels};
-  return {channels * height * width, height * width, width, 1};
-}
 
 // What both directions read. offset and mask have any strides (those in params).
 struct DeformCall {
@@ -36,10 +23,10 @@ struct DeformCall {
 };
 
 // Device memory that the forward needs beside its tensors, in bytes.
-int64_t deform_conv2d_forward_workspace(DeformPrecision, const DeformConv2dParams&);
+int64_t deform_conv2d_forward_workspace(Precision, const DeformConv2dParams&);
 
 // bias (O) or null; out (N, O, Ho, Wo) in the layout of input.
-cudaError_t launch_deform_conv2d_forward(DeformPrecision, const DeformCall&, const void* bias, void* out, void* workspace,
+cudaError_t launch_deform_conv2d_forward(Precision, const DeformCall&, const void* bias, void* out, void* workspace,
                                        cudaStream_t);
 
 // null where not wanted. input: in the layout of the input; the others contiguous; offset and mask in offset_type.
@@ -59,7 +46,7 @@ struct DeformBackwardCall {
   bool deterministic;  // every sum in a fixed order
 };
 
-int64_t deform_conv2d_backward_workspace(DeformPrecision, const DeformBackwardCall&);
-cudaError_t launch_deform_conv2d_backward(DeformPrecision, const DeformBackwardCall&, void* workspace, cudaStream_t);
+int64_t deform_conv2d_backward_workspace(Precision, const DeformBackwardCall&);
+cudaError_t launch_deform_conv2d_backward(Precision, const DeformBackwardCall&, void* workspace, cudaStream_t);
 
 }  // namespace dynconv

@@ -6,10 +6,8 @@
 // a weight group g, an offset group d that it meets, a tap, and a chunk of at most kRow channels that belong to both.
 #pragma once
 
-#include "common/cuda/tile.h"
+#include "common/cuda/operands.h"
 #include "deform_conv2d/deform_conv2d_cuda.h"
-
-#include <type_traits>
 
 namespace dynconv {
 namespace deform_cuda {
@@ -17,29 +15,6 @@ namespace deform_cuda {
 DYNCONV_DEVICE float floor_of(float value) { return floorf(value); }
 DYNCONV_DEVICE double floor_of(double value) { return floor(value); }
 #include "deform_conv2d/deform_conv2d_math.h"
-
-// storage_: in the tensors; operand_: multiplied; acc_: coordinates and sums.
-template <class storage_, class operand_, class acc_>
-struct Types {
-  using storage_t = storage_;
-  using operand_t = operand_;
-  using acc_t = acc_;
-  static constexpr int kChunk = dynconv::kChunk<operand_>;
-  static constexpr int kRow = dynconv::kRow<operand_>;
-  static_assert(sizeof(storage_) == sizeof(operand_));
-};
-
-// Calls f with the Types of a precision.
-template <class F>
-auto dispatch_precision(DeformPrecision precision, F f) {
-  switch (precision) {
-    case DeformPrecision::float64: return f(Types<double, double, double>());
-    case DeformPrecision::float32: return f(Types<float, float, float>());
-    case DeformPrecision::tf32: return f(Types<float, tfloat32, float>());
-    case DeformPrecision::bfloat16: return f(Types<bfloat16, bfloat16, float>());
-    default: return f(Types<float16, float16, float>());
-  }
-}
 
 // ------------------------------------------------------------------------------------------------------------ steps
 
@@ -221,32 +196,6 @@ struct Image {
   ImageStrides stride;
 };
 
-// Numbers at `count` of kChunk neighbouring channels, the rest 0. vectors: 16 bytes at once, count is 0 or kChunk.
-template <class T, bool vectors>
-struct ChannelChunk;
-
-template <class T>
-struct ChannelChunk<T, true> {
-  uint4 bits;
-  DYNCONV_DEVICE void load(const typename T::storage_t* from, int64_t, int count) {
-    bits = count > 0 ? __ldg(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
-  }
-  DYNCONV_DEVICE void get(typename T::acc_t (&v)[T::kChunk]) const { unpack(bits, typename T::storage_t(), v); }
-};
-
-template <class T>
-struct ChannelChunk<T, false> {
-  typename T::storage_t numbers[T::kChunk];
-  DYNCONV_DEVICE void load(const typename T::storage_t* from, int64_t stride, int count) {
-    DYNCONV_UNROLL
-    for (int e = 0; e < T::kChunk; ++e, from += stride) numbers[e] = e < count ? *from : typename T::storage_t{};
-  }
-  DYNCONV_DEVICE void get(typename T::acc_t (&v)[T::kChunk]) const {
-    DYNCONV_UNROLL
-    for (int e = 0; e < T::kChunk; ++e) v[e] = to_acc(numbers[e]);
-  }
-};
-
 // Where corner 0 of a sample is, at a channel.
 template <class number_t, class acc_t>
 DYNCONV_DEVICE number_t* first_corner(number_t* data, const ImageStrides& stride, const Sample<acc_t>& s, int channel) {
@@ -307,23 +256,6 @@ struct SampledChunk<T, false> {
   }
 };
 
-// Which chunk of a tile of `rows` rows a thread handles: lanes run along the tensor's fastest dimension.
-template <bool channels_fastest, int rows>
-struct ChunkPlace {
-  int row, chunk;
-  DYNCONV_DEVICE explicit ChunkPlace(int item) {
-    if constexpr (channels_fastest) row = item / kRowChunks, chunk = item % kRowChunks;
-    else row = item % rows, chunk = item / rows;
-  }
-};
-
-// How many of a chunk's numbers exist, of a step with `channels` channels.
-template <class T>
-DYNCONV_DEVICE int chunk_count(int channels, int chunk) {
-  const int rest = channels - chunk * T::kChunk;
-  return rest < 0 ? 0 : rest < T::kChunk ? rest : T::kChunk;
-}
-
 // Whether chunks can be read 16 bytes at once: channels fastest, and every segment begins and ends at a whole chunk.
 inline bool has_vectors(const void* data, bool channels_last, int64_t channels, int64_t group_channels,
                         int64_t offset_channels, int64_t chunk) {
@@ -332,12 +264,6 @@ inline bool has_vectors(const void* data, bool channels_last, int64_t channels, 
 }
 
 // -------------------------------------------------------------------------------------------------- packed weight
-
-template <class storage_t, class operand_t>
-DYNCONV_DEVICE operand_t as_operand(storage_t value) {
-  if constexpr (sizeof(storage_t) == 4 && !std::is_same_v<storage_t, operand_t>) return operand_t{to_tf32(value)};
-  else return value;
-}
 
 // The weight of output o of a step's weight group at the step's channel `column`, 0 where there is none.
 template <class T>
@@ -349,12 +275,6 @@ DYNCONV_DEVICE typename T::operand_t weight_operand(const Steps& s, const Step& 
   return as_operand<typename T::storage_t, typename T::operand_t>(
       weight[(out_channel * s.group_channels + channel) * s.taps + step.tap]);
 }
-
-inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-__host__ __device__ inline int64_t ceil_div(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
-
-// Workspaces are cut at multiples of this many bytes.
-constexpr int64_t kWorkspaceAlignment = 256;
 
 }  // namespace deform_cuda
 }  // namespace dynconv

@@ -226,16 +226,16 @@ cudaError_t run_forward(const DeformCall& call, const void* bias, void* out, voi
 }  // namespace
 }  // namespace deform_cuda
 
-int64_t deform_conv2d_forward_workspace(DeformPrecision precision, const DeformConv2dParams& p) {
-  return deform_cuda::dispatch_precision(precision, [&](auto types) {
+int64_t deform_conv2d_forward_workspace(Precision precision, const DeformConv2dParams& p) {
+  return dispatch_precision(precision, [&](auto types) {
     using T = decltype(types);
     return deform_cuda::Steps(p, T::kRow).count() * deform_cuda::padded_outputs<T>(p.group_out_channels()) * kRowBytes;
   });
 }
 
-cudaError_t launch_deform_conv2d_forward(DeformPrecision precision, const DeformCall& call, const void* bias, void* out,
+cudaError_t launch_deform_conv2d_forward(Precision precision, const DeformCall& call, const void* bias, void* out,
                                        void* workspace, cudaStream_t stream) {
-  return deform_cuda::dispatch_precision(precision, [&](auto types) {
+  return dispatch_precision(precision, [&](auto types) {
     return deform_cuda::run_forward<decltype(types)>(call, bias, out, workspace, stream);
   });
 }

@@ -64,9 +64,7 @@ std::tuple<Tensor, Tensor, Tensor> aggregate_kernels_backward_cpu(
     const Tensor& grad_kernels, const std::optional<Tensor>& grad_biases, const Tensor& weight, const Tensor& attention,
     const std::optional<Tensor>& bias, const std::optional<double>& temperature, const std::vector<bool>& output_mask) {
   const KernelBankParams p = make_params(weight, attention, bias, temperature);
-  check_grad_kernels(grad_kernels, grad_biases, weight, p);
-  if (grad_biases.has_value() && !bias) fail("grad_biases: got a tensor, expected None without a bias");
-  if (output_mask.size() != 3) fail("output_mask: got ", output_mask.size(), " values, expected 3");
+  check_backward(grad_kernels, grad_biases, weight, bias, p, output_mask);
   Tensor grad_weight = new_gradient(output_mask[0], weight,
                                     {p.num_kernels, p.out_channels, weight.size(2), weight.size(3), weight.size(4)});
   Tensor grad_attention = new_gradient(output_mask[1], attention, {p.batch, p.num_kernels});
@@ -132,7 +130,7 @@ void with_tiles(const DynamicConv2dParams& p, const DynamicTensors<S>& tensors, 
 Tensor dynamic_conv2d_cpu(const Tensor& input, const Tensor& weight, const Tensor& attention,
                           const std::optional<Tensor>& bias, const std::vector<int64_t>& stride,
                           const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
-                          const std::optional<double>& temperature) {
+                          const std::optional<double>& temperature, bool /*allow_tf32*/) {
   const DynamicConv2dParams p =
       make_params(input, weight, attention, bias, stride, padding, dilation, groups, temperature);
   Tensor out = new_tensor(input, {p.batch, p.out_channels, p.out_height, p.out_width}, p.channels_last);
@@ -172,11 +170,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_conv2d_backward_cpu(
     const Tensor& grad_out, const Tensor& input, const Tensor& weight, const Tensor& attention,
     const std::optional<Tensor>& bias, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
     const std::vector<int64_t>& dilation, int64_t groups, const std::optional<double>& temperature,
-    const std::vector<bool>& output_mask) {
+    const std::vector<bool>& output_mask, bool /*allow_tf32*/) {
   const DynamicConv2dParams p =
       make_params(input, weight, attention, bias, stride, padding, dilation, groups, temperature);
-  check_grad_out(grad_out, input, p, "weight.shape[1]");
-  if (output_mask.size() != 4) fail("output_mask: got ", output_mask.size(), " values, expected 4");
+  check_backward(grad_out, input, p, output_mask);
   const bool want_attention = output_mask[2], want_bias = output_mask[3] && bias;
   Tensor grad_input =
       new_gradient(output_mask[0], input, {p.batch, p.channels, p.height, p.width}, p.channels_last);

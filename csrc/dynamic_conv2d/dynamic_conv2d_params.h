@@ -76,9 +76,15 @@ inline DynamicConv2dParams make_params(const Tensor& input, const Tensor& weight
   return p;
 }
 
-// The gradients that come into aggregate_kernels' backward.
-inline void check_grad_kernels(const Tensor& grad_kernels, const std::optional<Tensor>& grad_biases,
-                               const Tensor& weight, const KernelBankParams& p) {
+inline void check_output_mask(const std::vector<bool>& output_mask, size_t expected) {
+  if (output_mask.size() != expected) fail("output_mask: got ", output_mask.size(), " values, expected ", expected);
+}
+
+// What comes into aggregate_kernels' backward.
+inline void check_backward(const Tensor& grad_kernels, const std::optional<Tensor>& grad_biases, const Tensor& weight,
+                           const std::optional<Tensor>& bias, const KernelBankParams& p,
+                           const std::vector<bool>& output_mask) {
+  check_output_mask(output_mask, 3);
   check_dim("grad_kernels", grad_kernels, 5, "(N, O, C / groups, kH, kW)");
   check_same_dtype("grad_kernels", grad_kernels, weight, "weight");
   check_same_device("grad_kernels", grad_kernels, weight, "weight");
@@ -88,11 +94,19 @@ inline void check_grad_kernels(const Tensor& grad_kernels, const std::optional<T
   const char* expected[] = {"weight.shape[1]", "weight.shape[2]", "weight.shape[3]", "weight.shape[4]"};
   for (int i = 0; i < 4; ++i) check_equal(names[i], grad_kernels.size(i + 1), expected[i], weight.size(i + 1));
   if (!grad_biases) return;
+  if (!bias) fail("grad_biases: got a tensor, expected None without a bias");
   check_dim("grad_biases", *grad_biases, 2, "(N, O)");
   check_same_dtype("grad_biases", *grad_biases, weight, "weight");
   check_same_device("grad_biases", *grad_biases, weight, "weight");
   check_equal("grad_biases.shape[0]", grad_biases->size(0), "attention.shape[0]", p.batch);
   check_equal("grad_biases.shape[1]", grad_biases->size(1), "weight.shape[1]", p.out_channels);
+}
+
+// What comes into dynamic_conv2d's backward.
+inline void check_backward(const Tensor& grad_out, const Tensor& input, const DynamicConv2dParams& p,
+                           const std::vector<bool>& output_mask) {
+  check_grad_out(grad_out, input, p, "weight.shape[1]");
+  check_output_mask(output_mask, 4);
 }
 
 }  // namespace dynconv

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What the operators' CUDA host files share: workspaces, and sizes that kernels can count.
+// What the operators' CUDA host files share: precision, workspaces, and sizes that kernels can count.
 #pragma once
 
+#include "common/cuda/types.h"
 #include "common/dispatch.h"
 
 #include <initializer_list>
@@ -15,6 +16,15 @@ inline Tensor new_workspace(const Tensor& like, int64_t bytes) {
   const int64_t shape[] = {bytes};
   return torch::stable::empty({shape, 1}, ScalarType::Byte, std::nullopt, like.device(), std::nullopt,
                               torch::headeronly::MemoryFormat::Contiguous);
+}
+
+inline Precision precision_of(const Tensor& input, bool allow_tf32) {
+  switch (input.scalar_type()) {
+    case ScalarType::Double: return Precision::float64;
+    case ScalarType::BFloat16: return Precision::bfloat16;
+    case ScalarType::Half: return Precision::float16;
+    default: return allow_tf32 ? Precision::tf32 : Precision::float32;
+  }
 }
 
 // Kernels count a dimension in 32 bits (tensors may have any number of elements).
