@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocksOf<T, Tile>) conv_kerne
       if constexpr (kCopies) copy_async_16_cached(to + chunk_offset(row, chunk), from, pixel != nullptr);
       else fetched->bits = pixel == nullptr ? make_uint4(0, 0, 0, 0) : __ldg(reinterpret_cast<const uint4*>(from));
     } else {
-      const storage_t* pixel = t < step.taps ? pixel_of(place, step.taps > 1 ? tap_of(step.first_tap + t) : step_tap) : nullptr;
+      const storage_t* pixel = t < step.taps ? pixel_of(place, tap_of(step.first_tap + t)) : nullptr;
       DYNCONV_UNROLL
       for (int e = 0; e < V; ++e, ++c) {
         if (c == step.channels) {
@@ -297,7 +297,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocksOf<T, Tile>) conv_kerne
     const unsigned char* const kernel_from = kernels + (fill ^ 1) * all + warp_sample * Shared::kKernel;
     const DepthStep step(a.depth, kPrepares ? ahead : 0);
     const int slices = (step.columns() + Product::kDepth - 1) / Product::kDepth;
-    const Tap step_tap = tap_of(step.first_tap);
+    [[maybe_unused]] const Tap step_tap = tap_of(step.first_tap);
     if constexpr (kPrepares && wide) {
       for (int i = thread; i < Tile::kResults * kRowChunks; i += Tile::kThreads)
         copy_async_16(kernel_to + chunk_offset(i / kRowChunks, i % kRowChunks), bank_tile(ahead, ahead_kernel) + i * 16);
@@ -319,17 +319,18 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocksOf<T, Tile>) conv_kerne
       if constexpr (kMultiplies)
         if (slice < multiplied_slices)
           Product::template add<Tile::kWarpM, Tile::kWarpN>(sums, source_from, warp_m, 0, kernel_from, warp_n, 0, slice);
-      if constexpr (kPrepares && !kFetchesAhead) {
-        DYNCONV_NO_UNROLL
-        for (int i = 0; i < kItems; ++i) {
-          const int item = thread + (slice * kItems + i) * Tile::kThreads;
-          fetch(step, step_tap, slices, item, source_to, &fetched[0]);
-          write(slices, item, ahead_kernel, source_to, fetched[0]);
-        }
-      } else if constexpr (kPrepares && !kCopies) {
+      if constexpr (kPrepares && kFetchesAhead && !kCopies) {
         DYNCONV_UNROLL
         for (int i = 0; i < kItems; ++i)
           write(slices, thread + (slice * kItems + i) * Tile::kThreads, ahead_kernel, source_to, fetched[i]);
+      }
+    }
+    if constexpr (kPrepares && !kFetchesAhead) {
+      DYNCONV_NO_UNROLL
+      for (int item = thread; item < Tile::kRows * 2 * slices; item += Tile::kThreads) {
+        Fetched fetched;
+        fetch(step, step_tap, slices, item, source_to, &fetched);
+        write(slices, item, ahead_kernel, source_to, fetched);
       }
     }
     if constexpr (kPrepares && !wide) {
