@@ -420,12 +420,9 @@ __global__ void pack_bank_kernel(const PackedBank bank, bool transposed, const t
   const auto* const from =
       weight + (transposed ? (kernel * d.channels + channel) * bank.results + result
                            : (kernel * bank.results + result) * d.channels + channel) * d.taps;
-  const int chunk = channel / d.row;
   for (int tap = 0; tap < d.taps; ++tap) {
-    const int tap_step = tap / d.taps_of_step;
-    const int column = channel - chunk * d.row + (tap - tap_step * d.taps_of_step) * d.width;
-    const int64_t step = int64_t(g) * d.count() + chunk * d.tap_steps + tap_step;
-    packed[((step * bank.num_kernels + k) * bank.padded_results + result) * d.row + column] =
+    const int64_t step = int64_t(g) * d.count() + d.step(channel, tap);
+    packed[((step * bank.num_kernels + k) * bank.padded_results + result) * d.row + d.column(channel, tap)] =
         exists ? from[tap] : typename T::storage_t{};
   }
 }

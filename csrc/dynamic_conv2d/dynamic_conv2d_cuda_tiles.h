@@ -86,6 +86,9 @@ struct Depth {
     chunks = (channels + row - 1) / row;
   }
   __host__ __device__ int count() const { return tap_steps * chunks; }
+  // Where a channel's tap is.
+  __host__ __device__ int step(int channel, int tap) const { return channel / row * tap_steps + tap / taps_of_step; }
+  __host__ __device__ int column(int channel, int tap) const { return channel % row + tap % taps_of_step * width; }
 };
 
 struct DepthStep {

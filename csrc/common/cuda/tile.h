@@ -93,7 +93,9 @@ struct TensorCoreProduct {
 
   template <int M, int N>
   struct Sums {
+    static constexpr int kCount = M / 16 * (N / 8) * 4;
     float v[M / 16][N / 8][4] = {};
+    DYNCONV_DEVICE float& operator[](int i) { return v[i / 4 / (N / 8)][i / 4 % (N / 8)][i % 4]; }
   };
 
   template <int M, int N>
@@ -118,9 +120,9 @@ struct TensorCoreProduct {
     }
   }
 
-  // f(m, n, sum) for each of the lane's sums.
+  // f(m, n, sum) for each of the lane's sums; f may change it.
   template <int M, int N, class F>
-  static DYNCONV_DEVICE void for_each(const Sums<M, N>& sums, F f) {
+  static DYNCONV_DEVICE void for_each(Sums<M, N>& sums, F f) {
     const int g = int(threadIdx.x & 31) / 4, t = int(threadIdx.x & 31) % 4;
     DYNCONV_UNROLL
     for (int i = 0; i < M / 16; ++i)
@@ -189,7 +191,9 @@ struct PlainProduct {
 
   template <int M, int N>
   struct Sums {
+    static constexpr int kCount = M / 4 * (N / 8);
     T v[M / 4][N / 8] = {};
+    DYNCONV_DEVICE T& operator[](int i) { return v[i / (N / 8)][i % (N / 8)]; }
   };
 
   template <int M, int N>
@@ -228,7 +232,7 @@ struct PlainProduct {
   }
 
   template <int M, int N, class F>
-  static DYNCONV_DEVICE void for_each(const Sums<M, N>& sums, F f) {
+  static DYNCONV_DEVICE void for_each(Sums<M, N>& sums, F f) {
     const int lane_m = int(threadIdx.x & 31) / 8, lane_n = int(threadIdx.x & 31) % 8;
     DYNCONV_UNROLL
     for (int i = 0; i < M / 4; ++i)
