@@ -55,6 +55,34 @@ def assert_matches_reference(
             assert relative_error(got.grad, wanted.grad) <= tolerance, name
 
 
+def assert_aggregates_like_reference(
+    aggregate: Callable[..., tuple[Tensor, Tensor | None]],
+    reference: Callable[..., tuple[Tensor, Tensor | None]],
+    tensors: Sequence[Tensor | None],
+    temperature: float | None,
+    zero_gradients: Sequence[str] = (),
+) -> None:
+    """aggregate_kernels' outputs and gradients, of weight, attention, bias, are the reference's in float64."""
+    dtype = tensors[0].dtype
+    expected_tensors = in_double(tensors)
+    outputs = [t for t in aggregate(*tensors, temperature=temperature) if t is not None]
+    expected = [t for t in reference(*expected_tensors, temperature=temperature) if t is not None]
+    assert len(outputs) == len(expected) == (1 if tensors[2] is None else 2)
+    for got, wanted in zip(outputs, expected, strict=True):
+        assert got.dtype == dtype and relative_error(got, wanted) <= TOLERANCE[dtype]
+    grads = [random_like(t) for t in outputs]
+    torch.autograd.backward(outputs, grads)
+    torch.autograd.backward(expected, [g.double() for g in grads])
+    for name, got, wanted in zip(("weight", "attention", "bias"), tensors, expected_tensors, strict=True):
+        if got is None:
+            continue
+        assert got.grad.dtype == got.dtype
+        if name in zero_gradients:
+            assert (got.grad == 0).all(), name
+        else:
+            assert relative_error(got.grad, wanted.grad) <= TOLERANCE[dtype], name
+
+
 def assert_compiles(layer: nn.Module, dynamic: bool) -> nn.Module:
     """The compiled layer gives the layer's outputs and gradients, for batches of two sizes; the compiled layer."""
     compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager", dynamic=dynamic)
@@ -120,6 +148,21 @@ def assert_takes_an_expanded_gradient(case: ConvCase, operator: Operator, refere
     case.call(reference, b).sum().backward()
     for name, x, y in zip(case.names, a, b, strict=True):
         torch.testing.assert_close(x.grad, y.grad, msg=name)
+
+
+def assert_takes_a_gradient_in_the_other_layout(
+    case: ConvCase, operator: Operator, reference: Operator, channels_last: bool
+) -> None:
+    """A channels_last gradient of a contiguous output, or with channels_last the reverse."""
+    tensors, expected = case.tensors(torch.float32, channels_last), case.tensors(torch.float32)
+    out = case.call(operator, tensors)
+    layout = torch.contiguous_format if channels_last else torch.channels_last
+    grad = random_like(torch.empty(out.shape)).contiguous(memory_format=layout)
+    assert out.stride() != grad.stride()
+    out.backward(grad)
+    case.call(reference, expected).backward(grad)
+    for name, got, wanted in zip(case.names, tensors, expected, strict=True):
+        torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def assert_computes_only_the_gradient(wanted: int, case: ConvCase, operator: Operator, reference: Operator) -> None:

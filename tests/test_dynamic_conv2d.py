@@ -16,7 +16,7 @@ import op_checks
 from dynamic_cases import DYNAMIC_CASES, DynamicCase
 from dynconv_ext import DynamicConv2d, aggregate_kernels, dynamic_conv2d, reference
 from op_cases import TOLERANCE, case_id, relative_error
-from op_checks import in_double, random_like
+from op_checks import random_like
 
 CASES = {case.name: case for case in DYNAMIC_CASES}
 OPS = torch.ops.dynconv_ext
@@ -86,22 +86,9 @@ def test_matches_a_loop_of_conv2d():
 def test_aggregate_kernels_matches_reference(name, dtype):
     case = CASES[name]
     _, *tensors = case.tensors(dtype)
-    expected_tensors = in_double(tensors)
-    kernels, biases = aggregate_kernels(*tensors, temperature=case.temperature)
-    expected, expected_biases = reference.aggregate_kernels(*expected_tensors, temperature=case.temperature)
-    assert kernels.dtype == dtype and relative_error(kernels, expected) <= TOLERANCE[dtype]
-    outputs, wanted = [kernels], [expected]
-    if case.bias:
-        assert biases.dtype == dtype and relative_error(biases, expected_biases) <= TOLERANCE[dtype]
-        outputs, wanted = [kernels, biases], [expected, expected_biases]
-    else:
-        assert biases is None and expected_biases is None
-    grads = [random_like(t) for t in outputs]
-    torch.autograd.backward(outputs, grads)
-    torch.autograd.backward(wanted, [g.double() for g in grads])
-    for got, reference_tensor in zip(tensors, expected_tensors, strict=True):
-        if got is not None:
-            assert relative_error(got.grad, reference_tensor.grad) <= TOLERANCE[dtype]
+    op_checks.assert_aggregates_like_reference(
+        aggregate_kernels, reference.aggregate_kernels, tensors, case.temperature
+    )
 
 
 def test_aggregated_kernels_are_those_of_the_convolution():

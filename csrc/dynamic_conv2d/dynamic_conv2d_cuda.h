@@ -31,9 +31,10 @@ cudaError_t launch_aggregate_kernels_backward(Precision, const KernelBankParams&
                                               StorageType attention_type, void* workspace, cudaStream_t);
 
 // The last steps of both backwards: the bias' part, and the way through the softmax.
-// dots: (parts, N, K) acc, whose sum over parts is the gradient of mix without the bias' part; null: none of it.
-// pixel_sums: (N, O) acc, the gradient of the mixed biases; null: no bias.
-cudaError_t launch_finish_attention(Precision, const KernelBankParams&, const void* dots, int64_t parts, const void* bias,
+// dots: (parts, N, K) acc, whose sum over parts is the gradient of mix without the bias' part; part 0 is overwritten.
+// Null only where grad_attention is.
+// pixel_sums: (N, O) acc, the gradient of the mixed biases; null: no bias, and no grad_bias.
+cudaError_t launch_finish_attention(Precision, const KernelBankParams&, void* dots, int64_t parts, const void* bias,
                                     const void* pixel_sums, const void* mix, void* grad_bias, void* grad_attention,
                                     StorageType attention_type, cudaStream_t);
 

@@ -94,15 +94,11 @@ def test_any_strides():
     op_checks.assert_takes_any_strides(replace(_shared["all_different"], batch=2), operators.deform_conv2d())
 
 
-def test_channels_last_gradient_of_a_contiguous_output():
-    case = _shared["small"]
-    tensors, expected = case.tensors(torch.float32), case.tensors(torch.float32)
-    out = case.call(operators.deform_conv2d(), tensors)
-    grad = torch.randn(out.shape).contiguous(memory_format=torch.channels_last)
-    out.backward(grad)
-    case.call(reference.deform_conv2d, expected).backward(grad)
-    for name, a, b in zip(case.names, tensors, expected, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, msg=name)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["channels_last_gradient", "contiguous_gradient"])
+def test_gradient_in_the_other_layout(channels_last):
+    op_checks.assert_takes_a_gradient_in_the_other_layout(
+        _shared["small"], operators.deform_conv2d(), reference.deform_conv2d, channels_last
+    )
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])

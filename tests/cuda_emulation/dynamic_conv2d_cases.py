@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""CUDA kernels of aggregate_kernels and dynamic_conv2d against the reference, on the host emulation.
+
+Not collected by itself: test_dynamic_conv2d_cuda.py runs it under the sanitizers, in processes of its own; under
+ThreadSanitizer, where a block's threads are slow, only what is named after races.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+import op_checks
+import operators
+from dynamic_cases import DYNAMIC_CASES, DynamicCase
+from dynconv_ext import dynamic_conv2d, reference
+from op_cases import TOLERANCE, TOLERANCE_TF32, case_id
+
+torch.ops.load_library(os.environ["DYNCONV_EMULATED_OPERATORS"])
+# The emulation's threads are one thread of the host.
+torch.set_num_threads(1)
+
+PRECISIONS = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_shared = {case.name: case for case in DYNAMIC_CASES}
+
+# ------------------------------------------------------------------------------------------------- aggregate_kernels
+
+# Kernels of 16-bit numbers are done 1024 at a time, eight in 16 bytes; of 32-bit numbers 512.
+BANKS = [
+    DynamicCase("small"),
+    DynamicCase("vectors_and_a_tail", channels=24, out_channels=16),
+    DynamicCase("one_number_at_a_time", channels=19, out_channels=7, bias=False),
+    DynamicCase("one_kernel", channels=5, out_channels=6, num_kernels=1),
+    DynamicCase("one_sample", 1, channels=16, num_kernels=5),
+    DynamicCase("samples_without_softmax", 21, out_channels=16, num_kernels=8, temperature=None),
+    DynamicCase("sixteen_kernels", 9, channels=8, out_channels=16, num_kernels=16, temperature=30.0),
+    DynamicCase("kernels_by_turns", 4, channels=3, out_channels=5, num_kernels=37),
+    DynamicCase("more_kernels_than_threads", 2, 1, out_channels=2, kernel=(1, 2), num_kernels=300, temperature=None),
+    DynamicCase("shares_of_samples", 70, 2, out_channels=4, kernel=(1, 2), num_kernels=2),
+    DynamicCase("one_number", channels=1, out_channels=1, kernel=(1, 1)),
+]
+
+
+def check_bank(case: DynamicCase, tensors) -> None:
+    zero = ("attention",) if case.num_kernels == 1 and case.temperature else ()
+    op_checks.assert_aggregates_like_reference(
+        operators.aggregate_kernels(), reference.aggregate_kernels, tensors, case.temperature, zero
+    )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", BANKS, ids=case_id)
+def test_aggregate_kernels_matches_reference(case, dtype):
+    check_bank(case, case.tensors(dtype)[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_aggregate_kernels_away_from_16_bytes(dtype):
+    _, weight, attention, bias = BANKS[1].tensors(dtype)
+    weight = torch.cat([weight.detach().flatten()[:1], weight.detach().flatten()])[1:].view(weight.shape)
+    assert weight.is_contiguous() and weight.data_ptr() % 16 != 0
+    check_bank(BANKS[1], [weight.requires_grad_(), attention, bias])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_aggregate_kernels_with_float32_attention(dtype):
+    check_bank(BANKS[0], BANKS[0].tensors(dtype, attention_dtype=torch.float32)[1:])
+
+
+@pytest.mark.parametrize("wanted", range(3), ids=DynamicCase.names[1:])
+def test_aggregate_kernels_computes_only_the_gradient_asked_for(wanted):
+    tensors, expected = (BANKS[0].tensors(torch.float64)[1:] for _ in range(2))
+    for i, t in enumerate(tensors):
+        t.requires_grad_(i == wanted)
+    for each, function in ((tensors, operators.aggregate_kernels()), (expected, reference.aggregate_kernels)):
+        sum(t.square().sum() for t in function(*each, 2.0)).backward()
+    for i, (t, e) in enumerate(zip(tensors, expected, strict=True)):
+        if i == wanted:
+            torch.testing.assert_close(t.grad, e.grad, rtol=1e-9, atol=1e-9)
+        else:
+            assert t.grad is None
+
+
+@pytest.mark.parametrize("output", [0, 1], ids=["kernels", "biases"])
+def test_aggregate_kernels_gradient_of_one_output(output):
+    tensors, expected = (BANKS[0].tensors(torch.float64)[1:] for _ in range(2))
+    for each, function in ((tensors, operators.aggregate_kernels()), (expected, reference.aggregate_kernels)):
+        function(*each, 2.0)[output].square().sum().backward()
+    for t, e in zip(tensors, expected, strict=True):
+        torch.testing.assert_close(t.grad, torch.zeros_like(e) if e.grad is None else e.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_aggregate_kernels_of_no_samples():
+    tensors = replace(BANKS[0], batch=0).tensors(torch.float32)[1:]
+    kernels, biases = operators.aggregate_kernels()(*tensors, 2.0)
+    assert kernels.shape == (0, *tensors[0].shape[1:]) and biases.shape == (0, tensors[0].shape[1])
+    (kernels.sum() + biases.sum()).backward()
+    assert all((t.grad == 0).all() for t in tensors)
+
+
+def test_softmax_of_large_logits():
+    bank = torch.arange(2.0).reshape(2, 1, 1, 1, 1)
+    kernels, _ = operators.aggregate_kernels()(bank, torch.tensor([[-3e38, 3e38], [3e38, -3e38]]), None, 1.0)
+    assert kernels.flatten().tolist() == [1.0, 0.0]
+    kernels, _ = operators.aggregate_kernels()(bank, torch.tensor([[float("nan"), 0.0], [0.0, 0.0]]), None, 1.0)
+    assert kernels[0].isnan().all() and kernels[1].item() == 0.5
+
+
+# ---------------------------------------------------------------------------------------------------- dynamic_conv2d
+
+CASES = [
+    replace(_shared["small"], size=(5, 4)),
+    replace(_shared["all_different"], batch=3, size=(9, 6)),
+    replace(_shared["no_bias_mixing_weights_as_given"], size=(4, 3)),
+    replace(_shared["one_kernel"], size=(4, 3)),
+    replace(_shared["sixteen_kernels"], size=(3, 3)),
+    _shared["depthwise"],
+    DynamicCase("depthwise_chunks", 3, 24, (7, 5), 24, stride=(2, 1), dilation=(1, 2), padding=(1, 2), groups=24),
+    DynamicCase("depthwise_large_kernel", 1, 9, (8, 9), 9, (5, 7), padding=(2, 3), groups=9, num_kernels=2),
+    _shared["depthwise_multiplier"],
+    DynamicCase("few_input_channels", 3, 3, (9, 8), 20, stride=(2, 2)),
+    DynamicCase("few_outputs", 2, 10, (4, 3), 2),
+    replace(_shared["pointwise"], size=(4, 3)),
+    DynamicCase("chunks_read_at_once", 3, 32, (4, 3), 24),
+    DynamicCase("groups_of_whole_chunks", 2, 64, (3, 3), 48, groups=2, bias=False, kernel=(2, 2)),
+    DynamicCase("several_chunks_and_a_tail", 2, 72, (4, 3), 10, (1, 2), padding=(0, 1)),
+    DynamicCase("wide_output", 2, 8, (3, 3), 150, (1, 1), padding=(0, 0)),
+    DynamicCase("several_tiles_of_pixels", 2, 8, (13, 12), 8, (1, 1), padding=(0, 0), num_kernels=2),
+    DynamicCase("many_samples", 19, 8, (3, 2), 8),
+    DynamicCase("one_sample", 1, 16, (6, 5), 40),
+    DynamicCase("stride_leaves_pixels_out", 2, 16, (9, 8), 16, stride=(2, 3), padding=(1, 0)),
+    DynamicCase("stride_and_dilation", 2, 8, (11, 10), 8, stride=(3, 2), dilation=(2, 3), padding=(2, 3)),
+    DynamicCase("stride_larger_than_kernel", 2, 8, (9, 8), 8, (1, 2), stride=(3, 3), padding=(0, 0)),
+    _shared["one_pixel"],
+    _shared["padding_larger_than_kernel"],
+]
+_cases = {case.name: case for case in CASES}
+# Everything for these. The others alternate the layouts, and leave out float16: bfloat16 takes the same paths.
+THOROUGH = ("small", "chunks_read_at_once")
+
+
+def combinations():
+    for number, case in enumerate(CASES):
+        for precision in PRECISIONS:
+            for channels_last in (False, True):
+                kept = precision != "float16" and (number + list(PRECISIONS).index(precision)) % 2 == channels_last
+                if case.name in THOROUGH or kept:
+                    layout = "channels_last" if channels_last else "contiguous"
+                    yield pytest.param(case, precision, channels_last, id=f"{case.name}-{precision}-{layout}")
+
+
+def check(case: DynamicCase, precision: str, channels_last: bool, **options) -> None:
+    dtype = PRECISIONS[precision]
+    tf32 = precision == "tf32"
+    # One kernel under a softmax has the weight 1 whatever its logit.
+    zero = ("attention",) if case.num_kernels == 1 and case.temperature else ()
+    op_checks.assert_matches_reference(
+        case,
+        operators.dynamic_conv2d(tf32),
+        reference.dynamic_conv2d,
+        case.tensors(dtype, channels_last, **options),
+        TOLERANCE_TF32 if tf32 else TOLERANCE[dtype],
+        zero,
+    )
+
+
+@pytest.mark.parametrize(("case", "precision", "channels_last"), list(combinations()))
+def test_matches_reference(case, precision, channels_last):
+    check(case, precision, channels_last)
+
+
+@pytest.mark.parametrize("name", ["small", "depthwise_chunks"])
+def test_float32_attention_beside_half(name):
+    check(_cases[name], "bfloat16", channels_last=True, attention_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", ["all_different", "depthwise"])
+@pytest.mark.parametrize("wanted", range(4), ids=DynamicCase.names)
+def test_only_the_gradient_asked_for(wanted, name):
+    op_checks.assert_computes_only_the_gradient(
+        wanted, replace(_cases[name], batch=2), operators.dynamic_conv2d(), reference.dynamic_conv2d
+    )
+
+
+@pytest.mark.parametrize("name", ["all_different", "depthwise"])
+def test_any_strides(name):
+    op_checks.assert_takes_any_strides(replace(_cases[name], batch=2), operators.dynamic_conv2d())
+
+
+def test_expanded_gradient():
+    op_checks.assert_takes_an_expanded_gradient(_cases["small"], operators.dynamic_conv2d(), reference.dynamic_conv2d)
+
+
+@pytest.mark.parametrize("name", ["chunks_read_at_once", "depthwise"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["channels_last_gradient", "contiguous_gradient"])
+def test_gradient_in_the_other_layout(channels_last, name):
+    case = _cases[name]
+    op_checks.assert_takes_a_gradient_in_the_other_layout(
+        case, operators.dynamic_conv2d(), reference.dynamic_conv2d, channels_last
+    )
+
+
+@pytest.mark.parametrize("name", ["small", "depthwise"])
+def test_empty_batch(name):
+    case = replace(_cases[name], batch=0)
+    tensors = case.tensors(torch.float32)
+    out = case.call(operators.dynamic_conv2d(), tensors)
+    assert out.shape == case.out_shape
+    out.sum().backward()
+    assert all((t.grad == 0).all() for t in tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("groups", [1, 5], ids=["convolution", "depthwise"])
+def test_non_finite_values_stay_where_they_belong(groups, dtype):
+    case = DynamicCase("odd", 6, 5, (5, 7), 20, num_kernels=3, groups=groups)
+    values = case.tensors(torch.float32)
+    with torch.no_grad():
+        values[0][3, 0, 0, 0] = values[0][4, 4, 4, 6] = values[1][1, 19, -1, 2, 2] = float("nan")
+        values[1][0, 0, 0, 0, 0] = float("inf")
+    grad = torch.ones(case.out_shape)
+    grad[5, 2, 3, 3] = float("nan")
+    results = []
+    for function in (dynamic_conv2d, operators.dynamic_conv2d()):
+        tensors = [t.detach().to(dtype).requires_grad_() for t in values]
+        out = case.call(function, tensors)
+        out.backward(grad.to(dtype))
+        results.append([out.detach(), *(t.grad for t in tensors)])
+    assert not results[0][0].isfinite().all() and results[0][0].isfinite().any()
+    for name, expected, got in zip(("out", *case.names), *results, strict=True):
+        assert torch.equal(expected.isfinite(), got.isfinite()), name
+
+
+# ------------------------------------------------------------------------------------------------------------- races
+
+
+# Several blocks, warps and samples a warp: every barrier has work before and after.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_races_of_aggregate_kernels(dtype):
+    case = DynamicCase("races", 5, channels=15, out_channels=8, num_kernels=5)
+    check_bank(case, case.tensors(dtype)[1:])
+
+
+RACES = [
+    DynamicCase("convolution", 3, 72, (4, 3), 8, (1, 2), padding=(0, 1)),
+    DynamicCase("depthwise", 3, 8, (4, 3), 8, groups=8),
+    DynamicCase("few_input_channels", 3, 3, (5, 4), 8, stride=(2, 1)),
+]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", RACES, ids=case_id)
+def test_races(case, precision):
+    check(case, precision, channels_last=precision == "bfloat16")
