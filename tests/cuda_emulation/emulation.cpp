@@ -236,9 +236,11 @@ void require_global_16(const void* address, const char* operation) {
 
 void copy_async_start(void* shared, const void* global) {
   require_shared_16(shared, "copy_async_16");
-  require_global_16(global, "copy_async_16");
   AsyncCopy copy = {shared, {}};
-  std::memcpy(copy.bytes, global, 16);
+  if (global != nullptr) {
+    require_global_16(global, "copy_async_16");
+    std::memcpy(copy.bytes, global, 16);
+  }
   std::memset(shared, 0xFF, 16);
   running_thread().open_group.push_back(copy);
 }

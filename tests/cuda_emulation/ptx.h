@@ -129,6 +129,9 @@ DYNCONV_DEVICE void unpack_halves(T, uint32_t bits, float* low, float* high) {
 DYNCONV_DEVICE void copy_async_16(void* shared, const void* global) {
   dynconv_emulation::copy_async_start(shared, global);
 }
+DYNCONV_DEVICE void copy_async_16_cached(void* shared, const void* global, bool exists) {
+  dynconv_emulation::copy_async_start(shared, exists ? global : nullptr);
+}
 DYNCONV_DEVICE void copy_async_commit() { dynconv_emulation::copy_async_commit(); }
 template <int pending>
 DYNCONV_DEVICE void copy_async_wait() {

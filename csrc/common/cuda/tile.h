@@ -10,12 +10,18 @@
 #include "common/half_types.h"
 
 #include <cstdint>
+#include <type_traits>
 
 namespace dynconv {
 
 // A float rounded to TF32, as an operand of the tensor cores.
 struct tfloat32 {
   uint32_t bits;
+};
+
+// A float as it is in memory, rounded to TF32 when it is multiplied: for operands that are copied, not computed.
+struct unrounded_tfloat32 {
+  float value;
 };
 
 constexpr int kRowBytes = 128;
@@ -57,6 +63,18 @@ DYNCONV_DEVICE void write_chunk(const double (&v)[2], double, void* to) {
   *static_cast<double2*>(to) = make_double2(v[0], v[1]);
 }
 
+// The same for half a chunk: 8 bytes.
+DYNCONV_DEVICE void write_half_chunk(const float (&v)[4], bfloat16 tag, void* to) {
+  *static_cast<uint2*>(to) = make_uint2(pack_halves(tag, v[0], v[1]), pack_halves(tag, v[2], v[3]));
+}
+DYNCONV_DEVICE void write_half_chunk(const float (&v)[4], float16 tag, void* to) {
+  *static_cast<uint2*>(to) = make_uint2(pack_halves(tag, v[0], v[1]), pack_halves(tag, v[2], v[3]));
+}
+DYNCONV_DEVICE void write_half_chunk(const float (&v)[2], float, void* to) {
+  *static_cast<float2*>(to) = make_float2(v[0], v[1]);
+}
+DYNCONV_DEVICE void write_half_chunk(const double (&v)[1], double, void* to) { *static_cast<double*>(to) = v[0]; }
+
 // ---------------------------------------------------------------------------------------------------------- products
 
 // Product<T, transposed>: a warp's share, an M x N matrix of sums, of a product of two tiles.
@@ -71,11 +89,13 @@ template <class T, bool transposed>
 struct TensorCoreProduct {
   using acc_t = float;
   static constexpr int kDepth = 32 / int(sizeof(T));  // of a slice, and of an mma
-  static constexpr bool kHalf = sizeof(T) == 2;
+  static constexpr bool kHalf = sizeof(T) == 2, kRounds = std::is_same_v<T, unrounded_tfloat32>;
 
   template <int M, int N>
   struct Sums {
+    static constexpr int kCount = M / 16 * (N / 8) * 4;
     float v[M / 16][N / 8][4] = {};
+    DYNCONV_DEVICE float& operator[](int i) { return v[i / 4 / (N / 8)][i / 4 % (N / 8)][i % 4]; }
   };
 
   template <int M, int N>
@@ -100,9 +120,9 @@ struct TensorCoreProduct {
     }
   }
 
-  // f(m, n, sum) for each of the lane's sums.
+  // f(m, n, sum) for each of the lane's sums; f may change it.
   template <int M, int N, class F>
-  static DYNCONV_DEVICE void for_each(const Sums<M, N>& sums, F f) {
+  static DYNCONV_DEVICE void for_each(Sums<M, N>& sums, F f) {
     const int g = int(threadIdx.x & 31) / 4, t = int(threadIdx.x & 31) % 4;
     DYNCONV_UNROLL
     for (int i = 0; i < M / 16; ++i)
@@ -117,6 +137,7 @@ struct TensorCoreProduct {
     const int lane = int(threadIdx.x & 31);
     if constexpr (!transposed) {
       ldmatrix_x4(r, a + chunk_offset(first + lane % 16, 2 * slice + lane / 16));
+      round(r);
     } else if constexpr (kHalf) {
       const int column = first + (lane / 8 % 2) * 8;
       ldmatrix_x4_trans(r, column_tile(a, column, column_stride) +
@@ -127,12 +148,14 @@ struct TensorCoreProduct {
       DYNCONV_UNROLL
       for (int i = 0; i < 4; ++i)
         r[i] = value(a, slice * kDepth + t + i / 2 * 4, first + g + i % 2 * 8, column_stride);
+      round(r);
     }
   }
   static DYNCONV_DEVICE void load_b(uint32_t (&r)[4], const unsigned char* b, int first, int column_stride, int slice) {
     const int lane = int(threadIdx.x & 31);
     if constexpr (!transposed) {
       ldmatrix_x4(r, b + chunk_offset(first + lane % 8 + lane / 16 * 8, 2 * slice + lane / 8 % 2));
+      round(r);
     } else if constexpr (kHalf) {
       const int column = first + lane / 16 * 8;
       ldmatrix_x4_trans(r, column_tile(b, column, column_stride) +
@@ -142,6 +165,13 @@ struct TensorCoreProduct {
       DYNCONV_UNROLL
       for (int i = 0; i < 4; ++i)
         r[i] = value(b, slice * kDepth + t + i % 2 * 4, first + g + i / 2 * 8, column_stride);
+      round(r);
+    }
+  }
+  static DYNCONV_DEVICE void round(uint32_t (&r)[4]) {
+    if constexpr (kRounds) {
+      DYNCONV_UNROLL
+      for (int i = 0; i < 4; ++i) r[i] = to_tf32(__uint_as_float(r[i]));
     }
   }
   static DYNCONV_DEVICE const unsigned char* column_tile(const unsigned char* tile, int column, int column_stride) {
@@ -161,7 +191,9 @@ struct PlainProduct {
 
   template <int M, int N>
   struct Sums {
+    static constexpr int kCount = M / 4 * (N / 8);
     T v[M / 4][N / 8] = {};
+    DYNCONV_DEVICE T& operator[](int i) { return v[i / (N / 8)][i % (N / 8)]; }
   };
 
   template <int M, int N>
@@ -200,7 +232,7 @@ struct PlainProduct {
   }
 
   template <int M, int N, class F>
-  static DYNCONV_DEVICE void for_each(const Sums<M, N>& sums, F f) {
+  static DYNCONV_DEVICE void for_each(Sums<M, N>& sums, F f) {
     const int lane_m = int(threadIdx.x & 31) / 8, lane_n = int(threadIdx.x & 31) % 8;
     DYNCONV_UNROLL
     for (int i = 0; i < M / 4; ++i)
@@ -260,5 +292,20 @@ DYNCONV_DEVICE void unpack(uint4 bits, float16 tag, float (&v)[8]) {
 }
 DYNCONV_DEVICE void unpack(uint4 bits, float, float (&v)[4]) { __builtin_memcpy(v, &bits, 16); }
 DYNCONV_DEVICE void unpack(uint4 bits, double, double (&v)[2]) { __builtin_memcpy(v, &bits, 16); }
+
+// The first (0) or second (1) half of a chunk.
+template <class T>
+DYNCONV_DEVICE void unpack_half(uint4 bits, int half, T tag, float (&v)[4]) {
+  const uint32_t low = half ? bits.z : bits.x, high = half ? bits.w : bits.y;
+  unpack_halves(tag, low, &v[0], &v[1]), unpack_halves(tag, high, &v[2], &v[3]);
+}
+DYNCONV_DEVICE void unpack_half(uint4 bits, int half, float, float (&v)[2]) {
+  v[0] = __uint_as_float(half ? bits.z : bits.x), v[1] = __uint_as_float(half ? bits.w : bits.y);
+}
+DYNCONV_DEVICE void unpack_half(uint4 bits, int half, double, double (&v)[1]) {
+  double all[2];
+  unpack(bits, double(), all);
+  v[0] = half ? all[1] : all[0];
+}
 
 }  // namespace dynconv
