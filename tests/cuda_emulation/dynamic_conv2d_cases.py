@@ -117,43 +117,63 @@ def test_softmax_of_large_logits():
 
 # ---------------------------------------------------------------------------------------------------- dynamic_conv2d
 
+ONE_PIXEL = {"kernel": (1, 1), "padding": (0, 0)}
+# The emulated device has 4 multiprocessors: few blocks make it choose other tiles.
 CASES = [
+    # Direct kernels: up to 8 channels a group.
     replace(_shared["small"], size=(5, 4)),
     replace(_shared["all_different"], batch=3, size=(9, 6)),
-    replace(_shared["no_bias_mixing_weights_as_given"], size=(4, 3)),
-    replace(_shared["one_kernel"], size=(4, 3)),
     replace(_shared["sixteen_kernels"], size=(3, 3)),
     _shared["depthwise"],
     DynamicCase("depthwise_chunks", 3, 24, (7, 5), 24, stride=(2, 1), dilation=(1, 2), padding=(1, 2), groups=24),
     DynamicCase("depthwise_large_kernel", 1, 9, (8, 9), 9, (5, 7), padding=(2, 3), groups=9, num_kernels=2),
     _shared["depthwise_multiplier"],
-    DynamicCase("few_input_channels", 3, 3, (9, 8), 20, stride=(2, 2)),
-    DynamicCase("few_outputs", 2, 10, (4, 3), 2),
-    replace(_shared["pointwise"], size=(4, 3)),
-    DynamicCase("chunks_read_at_once", 3, 32, (4, 3), 24),
-    DynamicCase("groups_of_whole_chunks", 2, 64, (3, 3), 48, groups=2, bias=False, kernel=(2, 2)),
-    DynamicCase("several_chunks_and_a_tail", 2, 72, (4, 3), 10, (1, 2), padding=(0, 1)),
-    DynamicCase("wide_output", 2, 8, (3, 3), 150, (1, 1), padding=(0, 0)),
-    DynamicCase("several_tiles_of_pixels", 2, 8, (13, 12), 8, (1, 1), padding=(0, 0), num_kernels=2),
-    DynamicCase("many_samples", 19, 8, (3, 2), 8),
+    DynamicCase("few_inputs", 3, 3, (13, 12), 20, stride=(2, 2)),
+    DynamicCase("few_outputs", 2, 10, (7, 6), 2),
+    # Few pixels times kernels: the depth runs over the bank.
+    DynamicCase("over_the_bank", 3, 16, (5, 4), 24),
+    DynamicCase("over_the_bank_odd", 5, 11, (4, 3), 13, (1, 2), padding=(0, 1), bias=False, temperature=None),
+    DynamicCase("one_pixel", 3, 40, (1, 1), 12, **ONE_PIXEL),
+    # Kernels mixed on the way.
+    DynamicCase("mixed", 3, 32, (7, 6), 24),
+    DynamicCase("all_different_mixed", 3, 22, (13, 8), 26, (3, 2), (2, 1), (1, 0), (2, 1), groups=2, num_kernels=5),
+    DynamicCase("one_kernel", 2, 9, (13, 10), 10, num_kernels=1, **ONE_PIXEL),
+    DynamicCase("sixteen_kernels_mixed", 2, 10, (4, 3), 12, num_kernels=16, temperature=30.0),
+    DynamicCase("several_chunks_and_a_tail", 2, 72, (8, 6), 10, (1, 2), padding=(0, 1)),
+    DynamicCase("several_tiles_of_outputs", 2, 16, (7, 6), 150, **ONE_PIXEL),
+    DynamicCase("several_tiles_of_pixels", 2, 16, (13, 12), 16, num_kernels=2, bias=False, **ONE_PIXEL),
+    DynamicCase("groups_of_whole_chunks", 2, 64, (6, 6), 48, (2, 2), groups=2, temperature=None),
+    DynamicCase("samples_share_a_block", 19, 16, (7, 6), 16, **ONE_PIXEL),
+    DynamicCase("samples_share_a_large_tile", 13, 9, (10, 9), 10, **ONE_PIXEL),
+    DynamicCase("large_tiles", 2, 9, (26, 21), 10, num_kernels=2, **ONE_PIXEL),
+    DynamicCase("stride_leaves_pixels_out", 2, 16, (11, 14), 16, stride=(2, 3), padding=(1, 0), num_kernels=8),
+    DynamicCase("stride_and_dilation", 2, 10, (11, 10), 12, stride=(3, 2), dilation=(2, 3), padding=(2, 3)),
+    DynamicCase("stride_larger_than_kernel", 2, 16, (9, 8), 16, (1, 2), stride=(3, 3), padding=(0, 0)),
+    DynamicCase("padding_larger_than_kernel", 2, 10, (3, 2), 11, padding=(4, 3)),
+    # Mixed first: an ordinary convolution.
     DynamicCase("one_sample", 1, 16, (6, 5), 40),
-    DynamicCase("stride_leaves_pixels_out", 2, 16, (9, 8), 16, stride=(2, 3), padding=(1, 0)),
-    DynamicCase("stride_and_dilation", 2, 8, (11, 10), 8, stride=(3, 2), dilation=(2, 3), padding=(2, 3)),
-    DynamicCase("stride_larger_than_kernel", 2, 8, (9, 8), 8, (1, 2), stride=(3, 3), padding=(0, 0)),
-    _shared["one_pixel"],
-    _shared["padding_larger_than_kernel"],
+    DynamicCase("one_sample_several_tiles", 1, 11, (13, 12), 9, **ONE_PIXEL),
 ]
 _cases = {case.name: case for case in CASES}
-# Everything for these. The others alternate the layouts, and leave out float16: bfloat16 takes the same paths.
-THOROUGH = ("small", "chunks_read_at_once")
+# In float64, where the emulation is slow.
+SMALLER = {
+    "all_different": replace(_cases["all_different"], batch=2),
+    "all_different_mixed": replace(_cases["all_different_mixed"], batch=2, kernel=(1, 2), padding=(0, 0), size=(11, 8)),
+    "over_the_bank_biased": DynamicCase("over_the_bank_biased", 2, 9, (3, 2), 10, (1, 2), padding=(0, 1)),
+    "one_sample": replace(_cases["one_sample"], channels=9, out_channels=10, kernel=(1, 2)),
+}
+# Everything for these.
+THOROUGH = ("small", "mixed")
 
 
 def combinations():
+    """The other cases take one exact precision and one of the tensor cores', and one layout, by turns."""
     for number, case in enumerate(CASES):
+        kept = (("float64", "bfloat16"), ("float32", "tf32"), ("float32", "bfloat16"), ("float64", "tf32"))[number % 4]
         for precision in PRECISIONS:
             for channels_last in (False, True):
-                kept = precision != "float16" and (number + list(PRECISIONS).index(precision)) % 2 == channels_last
-                if case.name in THOROUGH or kept:
+                turn = (number // 4 + (precision in ("tf32", "bfloat16"))) % 2 == channels_last
+                if case.name in THOROUGH or (precision in kept and turn):
                     layout = "channels_last" if channels_last else "contiguous"
                     yield pytest.param(case, precision, channels_last, id=f"{case.name}-{precision}-{layout}")
 
@@ -178,38 +198,38 @@ def test_matches_reference(case, precision, channels_last):
     check(case, precision, channels_last)
 
 
-@pytest.mark.parametrize("name", ["small", "depthwise_chunks"])
+@pytest.mark.parametrize("name", ["over_the_bank", "depthwise_chunks"])
 def test_float32_attention_beside_half(name):
     check(_cases[name], "bfloat16", channels_last=True, attention_dtype=torch.float32)
 
 
-@pytest.mark.parametrize("name", ["all_different", "depthwise"])
+@pytest.mark.parametrize("name", ["all_different", "over_the_bank_biased", "all_different_mixed", "one_sample"])
 @pytest.mark.parametrize("wanted", range(4), ids=DynamicCase.names)
 def test_only_the_gradient_asked_for(wanted, name):
     op_checks.assert_computes_only_the_gradient(
-        wanted, replace(_cases[name], batch=2), operators.dynamic_conv2d(), reference.dynamic_conv2d
+        wanted, SMALLER[name], operators.dynamic_conv2d(), reference.dynamic_conv2d
     )
 
 
-@pytest.mark.parametrize("name", ["all_different", "depthwise"])
+@pytest.mark.parametrize("name", ["all_different", "all_different_mixed"])
 def test_any_strides(name):
-    op_checks.assert_takes_any_strides(replace(_cases[name], batch=2), operators.dynamic_conv2d())
+    op_checks.assert_takes_any_strides(SMALLER[name], operators.dynamic_conv2d())
 
 
-def test_expanded_gradient():
-    op_checks.assert_takes_an_expanded_gradient(_cases["small"], operators.dynamic_conv2d(), reference.dynamic_conv2d)
+@pytest.mark.parametrize("name", ["all_different", "over_the_bank_biased"])
+def test_expanded_gradient(name):
+    op_checks.assert_takes_an_expanded_gradient(SMALLER[name], operators.dynamic_conv2d(), reference.dynamic_conv2d)
 
 
-@pytest.mark.parametrize("name", ["chunks_read_at_once", "depthwise"])
+@pytest.mark.parametrize("name", ["depthwise", "over_the_bank"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["channels_last_gradient", "contiguous_gradient"])
 def test_gradient_in_the_other_layout(channels_last, name):
-    case = _cases[name]
     op_checks.assert_takes_a_gradient_in_the_other_layout(
-        case, operators.dynamic_conv2d(), reference.dynamic_conv2d, channels_last
+        _cases[name], operators.dynamic_conv2d(), reference.dynamic_conv2d, channels_last
     )
 
 
-@pytest.mark.parametrize("name", ["small", "depthwise"])
+@pytest.mark.parametrize("name", ["small", "mixed"])
 def test_empty_batch(name):
     case = replace(_cases[name], batch=0)
     tensors = case.tensors(torch.float32)
@@ -220,9 +240,9 @@ def test_empty_batch(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("groups", [1, 5], ids=["convolution", "depthwise"])
-def test_non_finite_values_stay_where_they_belong(groups, dtype):
-    case = DynamicCase("odd", 6, 5, (5, 7), 20, num_kernels=3, groups=groups)
+@pytest.mark.parametrize("channels", [5, 9], ids=["direct", "mixed"])
+def test_non_finite_values_stay_where_they_belong(channels, dtype):
+    case = DynamicCase("odd", 6, channels, (5, 9), channels, (1, 2), padding=(0, 1), num_kernels=3)
     op_checks.assert_keeps_non_finite_values_apart(case, operators.dynamic_conv2d(), dynamic_conv2d, dtype)
 
 
@@ -237,9 +257,9 @@ def test_races_of_aggregate_kernels(dtype):
 
 
 RACES = [
-    DynamicCase("convolution", 3, 72, (4, 3), 8, (1, 2), padding=(0, 1)),
-    DynamicCase("depthwise", 3, 8, (4, 3), 8, groups=8),
-    DynamicCase("few_input_channels", 3, 3, (5, 4), 8, stride=(2, 1)),
+    DynamicCase("mixed", 3, 72, (7, 5), 9, (1, 2), padding=(0, 1)),
+    DynamicCase("over_the_bank", 3, 72, (4, 3), 9, **ONE_PIXEL),
+    DynamicCase("direct", 3, 8, (4, 3), 8, groups=4),
 ]
 
 
