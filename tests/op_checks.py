@@ -114,8 +114,9 @@ def assert_keeps_channels_last(case: ConvCase, operator: Operator) -> None:
     tensors = case.tensors(torch.float32, channels_last=True)
     out = case.call(operator, tensors)
     assert out.is_contiguous(memory_format=torch.channels_last) and not out.is_contiguous()
-    out.sum().backward()
-    assert tensors[0].grad.is_contiguous(memory_format=torch.channels_last)
+    # Not .grad: that is put into the layout of its tensor.
+    (grad,) = torch.autograd.grad(out.sum(), tensors[0])
+    assert grad.is_contiguous(memory_format=torch.channels_last) and not grad.is_contiguous()
 
 
 def assert_takes_any_strides(case: ConvCase, operator: Operator) -> None:
@@ -163,6 +164,26 @@ def assert_takes_a_gradient_in_the_other_layout(
     case.call(reference, expected).backward(grad)
     for name, got, wanted in zip(case.names, tensors, expected, strict=True):
         torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def assert_keeps_non_finite_values_apart(
+    case: ConvCase, operator: Operator, other: Operator, dtype: torch.dtype
+) -> None:
+    """Infinite values and NaN of input, second tensor and gradient reach the same results as in another operator."""
+    values = [t.detach().to(dtype) for t in case.tensors(torch.float32)]
+    values[0][3, 0, 0, 0] = values[0][4, -1, -1, -1] = values[1].flatten()[-9] = float("nan")
+    values[1].flatten()[0] = float("inf")
+    grad = torch.ones(case.out_shape, dtype=dtype)
+    grad[-1, 2, 3, 3] = float("nan")
+    results = []
+    for function in (operator, other):
+        tensors = [t.clone().requires_grad_() for t in values]
+        out = case.call(function, tensors)
+        out.backward(grad)
+        results.append([out.detach(), *(t.grad for t in tensors)])
+    assert not results[1][0].isfinite().all() and results[1][0].isfinite().any()
+    for name, got, expected in zip(("output", *case.names), *results, strict=True):
+        assert torch.equal(got.isfinite(), expected.isfinite()), name
 
 
 def assert_computes_only_the_gradient(wanted: int, case: ConvCase, operator: Operator, reference: Operator) -> None:

@@ -3,72 +3,35 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
+import cuda_checks
 import op_checks
+from cuda_checks import needs_gpu, on_gpu, run_emulated, there_and_back
 from dynconv_ext import DeformableConv2d, deform_conv2d, reference
-from op_cases import DEFORM_CASES, TOLERANCE, TOLERANCE_TF32, DeformCase, case_id, relative_error
+from op_cases import DEFORM_CASES, TOLERANCE, TOLERANCE_TF32, DeformCase, case_id
 
-EMULATION = Path(__file__).parent / "cuda_emulation"
 CASES = {case.name: case for case in DEFORM_CASES}
 
 # -------------------------------------------------------------------------------------------------------- emulation
 
 
-def run_emulated(monkeypatch, mode: str, *options: str) -> None:
-    """Runs the emulated cases in a process of their own, under the mode's sanitizers."""
-    monkeypatch.syspath_prepend(str(EMULATION))
-    import build
-    import operators
-
-    path = os.pathsep.join([str(EMULATION), str(EMULATION.parent), os.environ.get("PYTHONPATH", "")])
-    monkeypatch.setenv("PYTHONPATH", path)
-    monkeypatch.setenv("DYNCONV_EMULATED_OPERATORS", str(operators.build_operators(mode)))
-    cases = EMULATION / "deform_conv2d_cases.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options, cases]
-    result = build.run(command, mode, timeout=3000)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-8000:]
-
-
 def test_kernels_under_address_and_undefined_sanitizer(monkeypatch):
-    run_emulated(monkeypatch, "address")
+    run_emulated(monkeypatch, "deform_conv2d_cases.py", "address")
 
 
 def test_kernels_have_no_races(monkeypatch):
-    run_emulated(monkeypatch, "thread", "-k", "races")
+    run_emulated(monkeypatch, "deform_conv2d_cases.py", "thread", "-k", "races")
 
 
 # ------------------------------------------------------------------------------------------------------------- GPU
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-
-
-def on_gpu(tensors):
-    return [None if t is None else t.detach().cuda().requires_grad_() for t in tensors]
-
 
 def check(case: DeformCase, tensors, tolerance: float) -> None:
     op_checks.assert_matches_reference(case, deform_conv2d, reference.deform_conv2d, on_gpu(tensors), tolerance)
-
-
-@pytest.fixture
-def tf32():
-    torch.set_float32_matmul_precision("high")
-    yield
-    torch.set_float32_matmul_precision("highest")
-
-
-@pytest.fixture
-def deterministic():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @needs_gpu
@@ -89,12 +52,7 @@ def test_tf32_matches_reference(case, channels_last, tf32):
 @needs_gpu
 def test_tf32_only_where_allowed(tf32):
     case = replace(CASES["several_tiles"], out_channels=64)
-    tensors = on_gpu(case.tensors(torch.float32))
-    rounded = case.call(deform_conv2d, tensors)
-    torch.set_float32_matmul_precision("highest")
-    exact = case.call(deform_conv2d, tensors)
-    expected = case.call(reference.deform_conv2d, op_checks.in_double(tensors))
-    assert relative_error(exact, expected) <= TOLERANCE[torch.float32] < relative_error(rounded, expected)
+    cuda_checks.assert_rounds_to_tf32_only_where_allowed(case, deform_conv2d, reference.deform_conv2d)
 
 
 @needs_gpu
@@ -110,25 +68,14 @@ def test_float32_offset_beside_half(dtype):
 def test_deterministic(name, dtype, deterministic):
     case = CASES[name]
     check(case, case.tensors(dtype), TOLERANCE[dtype])
-    results = []
-    for _ in range(3):
-        tensors = on_gpu(case.tensors(dtype))
-        out = case.call(deform_conv2d, tensors)
-        out.backward(op_checks.random_like(out))
-        results.append([out.detach(), *(t.grad for t in tensors)])
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    cuda_checks.assert_gives_the_same_bits(case, deform_conv2d, dtype, channels_last=False)
 
 
 @needs_gpu
 @pytest.mark.parametrize("name", ["small", "offset_groups_cross_groups"])
 def test_gradcheck(name):
     case = replace(CASES[name], batch=1, size=(4, 3), spread=0.9)
-    tensors = on_gpu(case.tensors(torch.float64))
-    assert torch.autograd.gradcheck(lambda *values: case.call(deform_conv2d, values), tensors, eps=1e-7, atol=1e-5)
-    assert torch.autograd.gradgradcheck(
-        lambda *values: case.call(deform_conv2d, values), tensors, fast_mode=True, eps=1e-7, atol=1e-4
-    )
+    cuda_checks.assert_gradients_check(lambda values: case.call(deform_conv2d, values), case.tensors(torch.float64))
 
 
 @needs_gpu
@@ -176,63 +123,35 @@ def test_arguments_with_gaps():
 @needs_gpu
 @pytest.mark.parametrize("wanted", range(5), ids=DeformCase.names)
 def test_only_the_gradient_asked_for(wanted):
-    case = CASES["all_different"]
-    tensors = on_gpu(case.tensors(torch.float64))
-    expected = op_checks.in_double(tensors)
-    case.call(reference.deform_conv2d, expected).square().sum().backward()
-    for i, t in enumerate(tensors):
-        t.requires_grad_(i == wanted)
-    case.call(deform_conv2d, tensors).square().sum().backward()
-    for i, (t, e) in enumerate(zip(tensors, expected, strict=True)):
-        assert (t.grad is not None) == (i == wanted)
-        if i == wanted:
-            torch.testing.assert_close(t.grad, e.grad, rtol=1e-9, atol=1e-9)
+    op_checks.assert_computes_only_the_gradient(
+        wanted, CASES["all_different"], there_and_back(deform_conv2d), reference.deform_conv2d
+    )
+
+
+@needs_gpu
+def test_channels_last_in_channels_last_out():
+    op_checks.assert_keeps_channels_last(CASES["all_different"], there_and_back(deform_conv2d))
 
 
 @needs_gpu
 def test_follows_the_current_stream():
-    case = replace(CASES["several_tiles"], batch=8)
-    tensors = [t.detach().cuda() for t in case.tensors(torch.float32)]
-    expected = case.call(deform_conv2d, tensors)
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        # The operator must wait for what comes before it on its own stream.
-        torch.cuda._sleep(20_000_000)
-        changed = [tensors[0] * 2, *tensors[1:]]
-        out = case.call(deform_conv2d, changed)
-    stream.synchronize()
-    bias = tensors[3][:, None, None]
-    torch.testing.assert_close(out - bias, 2 * (expected - bias), rtol=1e-4, atol=1e-4)
+    cuda_checks.assert_follows_the_current_stream(replace(CASES["several_tiles"], batch=8), deform_conv2d)
 
 
 @needs_gpu
-def test_graph_capture():
-    case = CASES["several_tiles"]
-    tensors = on_gpu(case.tensors(torch.float32))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_graph_capture(dtype):
+    cuda_checks.assert_captures_in_a_graph(CASES["several_tiles"], deform_conv2d, dtype)
 
-    def step():
-        out = case.call(deform_conv2d, tensors)
-        return [out, *torch.autograd.grad(out.square().sum(), tensors)]
 
-    expected = [t.detach().clone() for t in step()]
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
-    for t in results:
-        t.detach().zero_()
-    graph.replay()
-    torch.cuda.synchronize()
-    for a, b in zip(results, expected, strict=True):
-        assert relative_error(a, b) <= TOLERANCE[torch.float32]
+@needs_gpu
+def test_host_never_waits():
+    cuda_checks.assert_never_waits(CASES["several_tiles"], deform_conv2d)
 
 
 @needs_gpu
 def test_more_than_2_to_31_elements():
+    cuda_checks.needs_memory(12)
     batch, channels, size = 5, 64, 2600
     assert batch * channels * size * size > 2**31
     x = torch.zeros(batch, channels, size, size, dtype=torch.bfloat16, device="cuda")

@@ -223,21 +223,7 @@ def test_empty_batch(name):
 @pytest.mark.parametrize("groups", [1, 5], ids=["convolution", "depthwise"])
 def test_non_finite_values_stay_where_they_belong(groups, dtype):
     case = DynamicCase("odd", 6, 5, (5, 7), 20, num_kernels=3, groups=groups)
-    values = case.tensors(torch.float32)
-    with torch.no_grad():
-        values[0][3, 0, 0, 0] = values[0][4, 4, 4, 6] = values[1][1, 19, -1, 2, 2] = float("nan")
-        values[1][0, 0, 0, 0, 0] = float("inf")
-    grad = torch.ones(case.out_shape)
-    grad[5, 2, 3, 3] = float("nan")
-    results = []
-    for function in (dynamic_conv2d, operators.dynamic_conv2d()):
-        tensors = [t.detach().to(dtype).requires_grad_() for t in values]
-        out = case.call(function, tensors)
-        out.backward(grad.to(dtype))
-        results.append([out.detach(), *(t.grad for t in tensors)])
-    assert not results[0][0].isfinite().all() and results[0][0].isfinite().any()
-    for name, expected, got in zip(("out", *case.names), *results, strict=True):
-        assert torch.equal(expected.isfinite(), got.isfinite()), name
+    op_checks.assert_keeps_non_finite_values_apart(case, operators.dynamic_conv2d(), dynamic_conv2d, dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------- races
