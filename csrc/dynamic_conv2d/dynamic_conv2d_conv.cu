@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocksOf<T, Tile>) conv_kerne
     if (chunk >= 2 * slices) return;
     const Place place = places[row];
     int t = 0, c = chunk * V;
-    if (step.taps > 1) t = c / step.channels, c -= t * step.channels;
+    if (!vectors || step.taps > 1) t = c / step.channels, c -= t * step.channels;
     if constexpr (vectors) {
       const storage_t* pixel = nullptr;
       if (t < step.taps && c < step.channels) pixel = pixel_of(place, step.taps > 1 ? tap_of(step.first_tap + t) : step_tap);

@@ -431,8 +431,6 @@ int power_of_two(int64_t least, int most) {
   return value;
 }
 
-bool aligned(const void* data, int64_t bytes) { return reinterpret_cast<uintptr_t>(data) % uintptr_t(bytes) == 0; }
-
 // Cuts the work up. False if the depth can't be read in whole chunks.
 template <class T, Reads reads, int R>
 bool plan(DirectArguments* a, int64_t samples) {
@@ -499,7 +497,7 @@ template <class T, int R>
 cudaError_t run_outputs(DirectArguments a, bool depth_vectors, int64_t samples, cudaStream_t stream) {
   using storage_t = typename T::storage_t;
   constexpr int64_t kBytes = R * int64_t(sizeof(storage_t));
-  a.packed = a.to_stride.channel == 1 && a.outputs == R && aligned(a.to, kBytes < 16 ? kBytes : 16);
+  a.packed = a.to_stride.channel == 1 && a.outputs == R && is_aligned(a.to, kBytes < 16 ? kBytes : 16);
   if (depth_vectors && plan<T, Reads::depth, R>(&a, samples))
     return launch_direct<T, Reads::depth, R, 0, 0>(a, samples, stream);
   plan<T, Reads::numbers, R>(&a, samples);
@@ -511,8 +509,8 @@ cudaError_t run_outputs(DirectArguments a, bool depth_vectors, int64_t samples, 
 template <class T>
 cudaError_t run_direct(DirectArguments a, int64_t samples, cudaStream_t stream) {
   a.lanes_are_units = a.from_stride.channel == 1;
-  const bool vectors = a.lanes_are_units && aligned(a.from, 16);
-  if (vectors && a.to_stride.channel == 1 && aligned(a.to, 16) && a.depth == 1 && a.outputs == 1 &&
+  const bool vectors = a.lanes_are_units && is_aligned(a.from, 16);
+  if (vectors && a.to_stride.channel == 1 && is_aligned(a.to, 16) && a.depth == 1 && a.outputs == 1 &&
       a.groups % T::kChunk == 0) {
     plan<T, Reads::groups, 1>(&a, samples);
     return run_single<T, Reads::groups>(a, samples, stream);
@@ -548,10 +546,6 @@ DirectArguments arguments(const DynamicCall& call, bool transposed) {
           Axis(p.kernel_width, p.stride_width, p.padding_width, p.dilation_width, p.width, p.out_width, transposed),
           false, false, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
 }
-
-// TF32 would round where nothing is gained.
-template <class T>
-using Exact = Types<typename T::storage_t, typename T::storage_t, typename T::acc_t>;
 
 }  // namespace
 

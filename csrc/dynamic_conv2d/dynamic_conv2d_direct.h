@@ -18,7 +18,13 @@ inline bool direct_grad_input(const DynamicConv2dParams& p) { return p.group_cha
 // A group's gradient at a tap is group_out_channels x group_channels.
 inline bool direct_weight(const DynamicConv2dParams& p) { return direct_forward(p) && direct_grad_input(p); }
 
-// T: Types<...> of any precision; TF32 is computed as float32.
+// T: Types<...> of any precision. TF32 would round where nothing is gained: such tensors are computed as float32.
+template <class T>
+using Exact = Types<typename T::storage_t, typename T::storage_t, typename T::acc_t>;
+
+inline bool is_aligned(const void* data, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(data) % uintptr_t(bytes) == 0;
+}
 
 // out in the layout of input.
 template <class T>
@@ -31,8 +37,8 @@ cudaError_t run_direct_grad_input(const DynamicBackwardCall&, cudaStream_t);
 template <class T>
 int64_t direct_weight_workspace(const DynamicBackwardCall&, int64_t* parts);
 
-// grad_weight (null: not wanted), and dots (parts, N, K) acc (null: not wanted): <weight[k], gradient of W[n]>, cut in
-// parts; every one of these is written.
+// gradients.weight (null: not wanted), and dots (parts, N, K) acc, null if and only if gradients.attention is:
+// <weight[k], gradient of W[n]>, cut in parts; every one of these is written.
 template <class T>
 cudaError_t run_direct_weight(const DynamicBackwardCall&, void* workspace, void* dots, cudaStream_t);
 
