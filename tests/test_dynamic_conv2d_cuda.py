@@ -384,10 +384,14 @@ def test_softmax_of_large_logits():
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("groups", [1, 5], ids=["convolution", "depthwise"])
-def test_non_finite_values_stay_where_they_belong(groups, dtype):
-    case = DynamicCase("odd", 6, 5, (5, 7), 20, num_kernels=3, groups=groups)
-    op_checks.assert_keeps_non_finite_values_apart(case, there_and_back(dynamic_conv2d), dynamic_conv2d, dtype)
+@pytest.mark.parametrize("in_weight", [False, True], ids=["in_images", "in_weight"])
+@pytest.mark.parametrize("channels", [5, 9], ids=["direct", "mixed"])
+def test_non_finite_values_stay_where_they_belong(channels, in_weight, dtype):
+    # Without padding, where an infinite weight may meet a zero or nothing at all.
+    case = DynamicCase("odd", 6, channels, (15, 17), channels, (3, 2), padding=(0, 0), num_kernels=3)
+    op_checks.assert_keeps_non_finite_values_apart(
+        case, there_and_back(dynamic_conv2d), dynamic_conv2d, dtype, in_weight
+    )
 
 
 @needs_gpu
