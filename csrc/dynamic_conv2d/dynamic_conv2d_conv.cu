@@ -462,35 +462,37 @@ struct Plan {
       : bank{Depth(product.channels, int64_t(product.gather.y.taps) * product.gather.x.taps, T::kRow), product.groups,
              int(num_kernels), int(product.results), 0} {
     const int64_t pixels = product.gather.pixels();
-    if (is_wide(pixels, num_kernels)) way = wide;
-    else if (!kTensorCores) way = big;
-    else if (blocks<Big>(product) < multiprocessors()) way = small;
-    else way = samples_of<Big>(pixels) < Big::kRows / most_rows(pixels) ? deep : big;
-    samples = way == wide ? 1 : way == small ? samples_of<Small>(pixels) : way == deep ? samples_of<Deep>(pixels) : samples_of<Big>(pixels);
-    const int tile = way == deep ? Deep::kResults : Big::kResults;
+    const int big_samples = samples_of<Big>(pixels), deep_samples = samples_of<Deep>(pixels);
+    if (product.wide) way = wide, samples = 1;
+    else if (deep_samples > big_samples && suits<Deep>(product, deep_samples)) way = deep, samples = deep_samples;
+    else if (suits<Big>(product, big_samples)) way = big, samples = big_samples;
+    else way = small, samples = fitting<Small>(samples_of<Small>(pixels));
     static_assert(Small::kResults == Big::kResults);
-    bank.padded_results = int(round_up(product.results, tile));
+    bank.padded_results = int(round_up(product.results, way == deep ? Deep::kResults : Big::kResults));
   }
   int64_t bank_bytes() const { return round_up(bank.numbers() * int64_t(sizeof(typename T::storage_t)), kWorkspaceAlignment); }
 
  private:
-  // Rows of a sample, a power of two from 32 on.
-  static int64_t most_rows(int64_t pixels) {
-    int64_t rows = 32;
-    while (rows < pixels && rows < 512) rows *= 2;
-    return rows;
-  }
+  // As many samples as a tile takes, but no more than it takes to have a sample's pixels in one tile.
   template <class Tile>
   static int samples_of(int64_t pixels) {
     int samples = Tile::kMostSamples;
     while (samples > 1 && Tile::kRows / samples < pixels) samples /= 2;
     return samples;
   }
+  // And as the device has shared memory for.
   template <class Tile>
-  static int64_t blocks(const ConvProduct& p) {
-    const int samples = samples_of<Tile>(p.gather.pixels());
-    return ceil_div(p.batch, samples) * ceil_div(p.gather.pixels(), Tile::kRows / samples) * p.gather.phases() * p.groups *
-           ceil_div(p.results, Tile::kResults);
+  static int fitting(int samples) {
+    while (samples > 1 && size_t(ConvShared<T, Tile>::bytes(samples)) > shared_memory_limit()) samples /= 2;
+    return samples;
+  }
+  // Whether there is work for all multiprocessors, and shared memory.
+  template <class Tile>
+  static bool suits(const ConvProduct& p, int samples) {
+    const int64_t blocks = ceil_div(p.batch, samples) * ceil_div(p.gather.pixels(), Tile::kRows / samples) *
+                           p.gather.phases() * p.groups * ceil_div(p.results, Tile::kResults);
+    return blocks >= multiprocessors() && fitting<Tile>(samples) == samples &&
+           size_t(ConvShared<T, Tile>::bytes(samples)) <= shared_memory_limit();
   }
 };
 

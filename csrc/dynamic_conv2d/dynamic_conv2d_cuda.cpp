@@ -9,6 +9,8 @@
 
 #include <device_context.h>
 
+#include <cstdlib>
+#include <string>
 #include <tuple>
 
 namespace dynconv {
@@ -41,6 +43,19 @@ Tensor mixing_weights(Precision precision, const KernelBankParams& p, const Tens
                                    context.stream()),
              "dynamic_conv2d");
   return mix;
+}
+
+// The environment variable DYNCONV_DYNAMIC_CONV2D_CUDA=direct|mixed_first|mixed|wide decides where several ways can be:
+// for tests and measurements.
+DynamicWay wished_way() {
+  const char* const wish = std::getenv("DYNCONV_DYNAMIC_CONV2D_CUDA");
+  if (wish == nullptr || *wish == '\0') return DynamicWay::automatic;
+  const std::string name = wish;
+  if (name == "direct") return DynamicWay::direct;
+  if (name == "mixed_first") return DynamicWay::mixed_first;
+  if (name == "mixed") return DynamicWay::mixed;
+  if (name == "wide") return DynamicWay::wide;
+  fail("DYNCONV_DYNAMIC_CONV2D_CUDA: got ", name, ", expected direct, mixed_first, mixed or wide");
 }
 
 void* workspace_data(Tensor& workspace) { return workspace.numel() ? workspace.mutable_data_ptr() : nullptr; }
@@ -113,10 +128,10 @@ Tensor dynamic_conv2d_cuda(const Tensor& input, const Tensor& weight, const Tens
   const std::optional<Tensor> b = dense(bias);
   const Precision precision = precision_of(input, allow_tf32);
   const Tensor mix = mixing_weights(precision, p.bank, attention, context);
-  Tensor workspace = new_workspace(input, dynamic_conv2d_forward_workspace(precision, p));
-  check_cuda(launch_dynamic_conv2d_forward(
-                 precision, {p, x.const_data_ptr(), w.const_data_ptr(), const_data<void>(b), mix.const_data_ptr()},
-                 out.mutable_data_ptr(), workspace_data(workspace), context.stream()),
+  const DynamicCall call{p, wished_way(), x.const_data_ptr(), w.const_data_ptr(), const_data<void>(b), mix.const_data_ptr()};
+  Tensor workspace = new_workspace(input, dynamic_conv2d_forward_workspace(precision, call));
+  check_cuda(launch_dynamic_conv2d_forward(precision, call, out.mutable_data_ptr(), workspace_data(workspace),
+                                           context.stream()),
              "dynamic_conv2d");
   return out;
 }
@@ -148,7 +163,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_conv2d_backward_cuda(
   const std::optional<Tensor> b = dense(bias);
   const Precision precision = precision_of(input, allow_tf32);
   const Tensor mix = mixing_weights(precision, p.bank, attention, context);
-  const DynamicBackwardCall call{{p, x.const_data_ptr(), w.const_data_ptr(), const_data<void>(b), mix.const_data_ptr()},
+  const DynamicBackwardCall call{{p, wished_way(), x.const_data_ptr(), w.const_data_ptr(), const_data<void>(b),
+                                  mix.const_data_ptr()},
                                  g.const_data_ptr(),
                                  grad_out_channels_last,
                                  {mutable_data<void>(grad_input), mutable_data<void>(grad_weight),

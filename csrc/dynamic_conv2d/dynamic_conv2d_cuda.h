@@ -40,15 +40,20 @@ cudaError_t launch_finish_attention(Precision, const KernelBankParams&, void* do
 
 // ------------------------------------------------------------------------------------------------------ dynamic_conv2d
 
+// How a convolution is computed; which way is taken where: dynamic_conv2d_launch.cu. All give the same results but for
+// rounding. automatic: the best by its sizes. A wish that a convolution cannot have counts as automatic.
+enum class DynamicWay { automatic, direct, mixed_first, mixed, wide };
+
 struct DynamicCall {
   DynamicConv2dParams params;
+  DynamicWay way;
   const void* input;   // layout: params.channels_last
   const void* weight;  // (K, O, C/G, kH, kW), contiguous
   const void* bias;    // (K, O), or null
   const void* mix;     // (N, K) acc
 };
 
-int64_t dynamic_conv2d_forward_workspace(Precision, const DynamicConv2dParams&);
+int64_t dynamic_conv2d_forward_workspace(Precision, const DynamicCall&);
 
 // out (N, O, Ho, Wo) in the layout of input.
 cudaError_t launch_dynamic_conv2d_forward(Precision, const DynamicCall&, void* out, void* workspace, cudaStream_t);

@@ -15,11 +15,8 @@ struct ConvProduct {
   ImageStrides source_stride;
   void* out;
   ImageStrides out_stride;
+  bool wide;  // the depth runs over the kernels as well, instead of mixing them
 };
-
-// Whether the depth runs over the kernels as well, instead of mixing them: a sample's rows stand alone in at least 64 rows
-// of a tile, and mixing costs about as much as another 64.
-inline bool is_wide(int64_t pixels, int64_t num_kernels) { return pixels * num_kernels <= 128; }
 
 // Bytes for the packed bank.
 template <class T>

@@ -1,12 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Which kernels compute dynamic_conv2d, and its launchers. The one rule, by sizes alone:
 //
-//   few outputs a group (dynamic_conv2d_direct.h)   direct kernels, without tiles
-//   one sample                                       its kernels are mixed first: then it is an ordinary convolution
-//   few pixels a sample (is_wide)                    the depth runs over the bank: nothing is mixed
-//   else                                             tiles whose kernels are mixed on the way
-//
-// All give the same results but for rounding.
+//   direct       few results a group (dynamic_conv2d_direct.h): without tiles
+//   mixed_first  one sample: its kernels are mixed first, and the rest is an ordinary convolution
+//   wide         few pixels a sample: the depth runs over the bank, nothing is mixed
+//   mixed        else: tiles whose kernels are mixed on the way
 #include "common/cuda/launch.h"
 #include "common/cuda/pixel_sums.h"
 #include "dynamic_conv2d/dynamic_conv2d_cuda_conv.h"
@@ -33,45 +31,66 @@ class Cutter {
   int64_t used_ = 0;
 };
 
-// The bank that products read: the one given, or that of one kernel which a single sample's kernels were mixed to.
-template <class T>
+// direct: whether direct kernels can be; pixels: of a sample in the result.
+DynamicWay way_of(const DynamicCall& call, bool direct, int64_t pixels) {
+  const DynamicConv2dParams& p = call.params;
+  const bool first = p.batch == 1 && p.bank.num_kernels > 1;
+  const DynamicWay wish = call.way;
+  if (wish == DynamicWay::mixed || wish == DynamicWay::wide || (wish == DynamicWay::mixed_first && first) ||
+      (wish == DynamicWay::direct && direct))
+    return wish;
+  if (direct) return DynamicWay::direct;
+  if (first) return DynamicWay::mixed_first;
+  // Of a tile, a sample's rows are at least 64, and mixing for them costs about as much as another 64.
+  return pixels * p.bank.num_kernels <= 128 ? DynamicWay::wide : DynamicWay::mixed;
+}
+bool weight_is_direct(const DynamicCall& call) {
+  const bool wishes_tiles = call.way == DynamicWay::mixed || call.way == DynamicWay::wide;
+  return direct_weight(call.params) && !wishes_tiles;
+}
+
+// The bank that a product reads, and its mixing weights: those given, or one kernel, mixed first, with weight 1.
 struct Bank {
   const void *weight, *bias, *mix;
   int64_t num_kernels;
-
-  static bool is_mixed_first(const DynamicConv2dParams& p) { return p.batch == 1 && p.bank.num_kernels > 1; }
-
-  // Does nothing but cut where memory is null.
-  static cudaError_t make(Precision precision, const DynamicCall& call, bool wants_bias, Cutter* cutter, bool runs,
-                          cudaStream_t stream, Bank* bank) {
-    const KernelBankParams& p = call.params.bank;
-    *bank = {call.weight, wants_bias ? call.bias : nullptr, call.mix, p.num_kernels};
-    if (!is_mixed_first(call.params)) return cudaSuccess;
-    constexpr int64_t size = sizeof(typename T::storage_t);
-    void* const weight = cutter->take(p.kernel_size() * size);
-    void* const bias = cutter->take(p.out_channels * size);
-    void* const zero = cutter->take(sizeof(typename T::acc_t));
-    void* const one = cutter->take(sizeof(typename T::acc_t));
-    *bank = {weight, bank->bias == nullptr ? nullptr : bias, one, 1};
-    if (!runs) return cudaSuccess;
-    DYNCONV_RETURN_IF_ERROR(launch_aggregate_kernels(precision, p, call.weight, bank->bias == nullptr ? nullptr : call.bias,
-                                                     call.mix, weight, bank->bias == nullptr ? nullptr : bias, stream));
-    // The softmax over one kernel.
-    KernelBankParams single = p;
-    single.num_kernels = 1, single.softmax = true, single.temperature = 1;
-    DYNCONV_RETURN_IF_ERROR(cudaMemsetAsync(zero, 0, sizeof(typename T::acc_t), stream));
-    return launch_mixing_weights(precision, single, zero,
-                                 sizeof(typename T::acc_t) == 8 ? StorageType::float64 : StorageType::float32, one, stream);
-  }
 };
+
+template <class T>
+cudaError_t mix_first(Precision precision, const DynamicCall& call, const void* bias, bool runs, Cutter* cutter,
+                      cudaStream_t stream, Bank* bank) {
+  const KernelBankParams& p = call.params.bank;
+  constexpr int64_t size = sizeof(typename T::storage_t), acc_size = sizeof(typename T::acc_t);
+  void* const weight = cutter->take(p.kernel_size() * size);
+  void* const mixed_bias = bias != nullptr ? cutter->take(p.out_channels * size) : nullptr;
+  void* const zero = cutter->take(acc_size);
+  void* const one = cutter->take(acc_size);
+  *bank = {weight, mixed_bias, one, 1};
+  if (!runs) return cudaSuccess;
+  DYNCONV_RETURN_IF_ERROR(launch_aggregate_kernels(precision, p, call.weight, bias, call.mix, weight, mixed_bias, stream));
+  // The softmax over one kernel.
+  KernelBankParams single = p;
+  single.num_kernels = 1, single.softmax = true, single.temperature = 1;
+  DYNCONV_RETURN_IF_ERROR(cudaMemsetAsync(zero, 0, size_t(acc_size), stream));
+  return launch_mixing_weights(precision, single, zero, acc_size == 8 ? StorageType::float64 : StorageType::float32, one,
+                               stream);
+}
+
+template <class T>
+cudaError_t tiled(Precision precision, const DynamicCall& call, const void* bias, DynamicWay way, ConvProduct product,
+                  bool runs, Cutter* cutter, cudaStream_t stream) {
+  Bank bank{call.weight, bias, call.mix, call.params.bank.num_kernels};
+  if (way == DynamicWay::mixed_first) DYNCONV_RETURN_IF_ERROR(mix_first<T>(precision, call, bias, runs, cutter, stream, &bank));
+  product.wide = way == DynamicWay::wide;
+  void* const packed = cutter->take(conv_workspace<T>(product, bank.num_kernels));
+  return runs ? run_conv<T>(product, bank.num_kernels, bank.weight, bank.bias, bank.mix, packed, stream) : cudaSuccess;
+}
 
 template <class T>
 cudaError_t forward(Precision precision, const DynamicCall& call, void* out, bool runs, Cutter* cutter,
                     cudaStream_t stream) {
   const DynamicConv2dParams& p = call.params;
-  if (direct_forward(p)) return runs ? run_direct_forward<T>(call, out, stream) : cudaSuccess;
-  Bank<T> bank;
-  DYNCONV_RETURN_IF_ERROR(Bank<T>::make(precision, call, true, cutter, runs, stream, &bank));
+  const DynamicWay way = way_of(call, direct_forward(p), p.out_pixels());
+  if (way == DynamicWay::direct) return runs ? run_direct_forward<T>(call, out, stream) : cudaSuccess;
   const ConvProduct product{Gather::forward(p),
                             p.batch,
                             p.group_channels(),
@@ -80,18 +99,17 @@ cudaError_t forward(Precision precision, const DynamicCall& call, void* out, boo
                             call.input,
                             image_strides(p.channels, p.height, p.width, p.channels_last),
                             out,
-                            image_strides(p.out_channels, p.out_height, p.out_width, p.channels_last)};
-  void* const packed = cutter->take(conv_workspace<T>(product, bank.num_kernels));
-  return runs ? run_conv<T>(product, bank.num_kernels, bank.weight, bank.bias, bank.mix, packed, stream) : cudaSuccess;
+                            image_strides(p.out_channels, p.out_height, p.out_width, p.channels_last),
+                            false};
+  return tiled<T>(precision, call, call.bias, way, product, runs, cutter, stream);
 }
 
 template <class T>
 cudaError_t grad_input(Precision precision, const DynamicBackwardCall& call, bool runs, Cutter* cutter,
                        cudaStream_t stream) {
   const DynamicConv2dParams& p = call.forward.params;
-  if (direct_grad_input(p)) return runs ? run_direct_grad_input<T>(call, stream) : cudaSuccess;
-  Bank<T> bank;
-  DYNCONV_RETURN_IF_ERROR(Bank<T>::make(precision, call.forward, false, cutter, runs, stream, &bank));
+  const DynamicWay way = way_of(call.forward, direct_grad_input(p), p.in_pixels());
+  if (way == DynamicWay::direct) return runs ? run_direct_grad_input<T>(call, stream) : cudaSuccess;
   const ConvProduct product{Gather::grad_input(p),
                             p.batch,
                             p.group_out_channels(),
@@ -100,9 +118,9 @@ cudaError_t grad_input(Precision precision, const DynamicBackwardCall& call, boo
                             call.grad_out,
                             image_strides(p.out_channels, p.out_height, p.out_width, call.grad_out_channels_last),
                             call.gradients.input,
-                            image_strides(p.channels, p.height, p.width, p.channels_last)};
-  void* const packed = cutter->take(conv_workspace<T>(product, bank.num_kernels));
-  return runs ? run_conv<T>(product, bank.num_kernels, bank.weight, nullptr, bank.mix, packed, stream) : cudaSuccess;
+                            image_strides(p.channels, p.height, p.width, p.channels_last),
+                            false};
+  return tiled<T>(precision, call.forward, nullptr, way, product, runs, cutter, stream);
 }
 
 template <class T>
@@ -116,7 +134,7 @@ cudaError_t backward(Precision precision, const DynamicBackwardCall& call, bool 
   void* dots = nullptr;
   if (wanted.weight != nullptr || wants_attention) {
     int64_t bytes = 0;
-    const bool direct = direct_weight(p);
+    const bool direct = weight_is_direct(call.forward);
     if (direct) bytes = direct_weight_workspace<T>(call, &parts);
     else bytes = weight_workspace<T>(call), parts = weight_dot_parts<T>(p);
     void* const sums = cutter->take(bytes);
@@ -139,10 +157,10 @@ cudaError_t backward(Precision precision, const DynamicBackwardCall& call, bool 
 }  // namespace
 }  // namespace dynamic_cuda
 
-int64_t dynamic_conv2d_forward_workspace(Precision precision, const DynamicConv2dParams& p) {
+int64_t dynamic_conv2d_forward_workspace(Precision precision, const DynamicCall& call) {
   return dispatch_precision(precision, [&](auto types) {
     dynamic_cuda::Cutter cutter(nullptr);
-    dynamic_cuda::forward<decltype(types)>(precision, {p, nullptr, nullptr, nullptr, nullptr}, nullptr, false, &cutter, nullptr);
+    dynamic_cuda::forward<decltype(types)>(precision, call, nullptr, false, &cutter, nullptr);
     return cutter.used();
   });
 }

@@ -257,10 +257,10 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     case cudaDevAttrMaxThreadsPerBlock: *value = max_threads_per_block; return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlock: *value = int(max_shared_bytes_by_default); return cudaSuccess;
     case cudaDevAttrWarpSize: *value = warp_size; return cudaSuccess;
-    case cudaDevAttrMultiProcessorCount: *value = num_multiprocessors; return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount: *value = num_multiprocessors(); return cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor: *value = 8; return cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor: *value = 0; return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(max_shared_bytes); return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(max_shared_bytes()); return cudaSuccess;
   }
   return returned(cudaErrorInvalidValue);
 }
@@ -287,7 +287,7 @@ inline size_t shared_limit(const void* kernel) {
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   using namespace dynconv_emulation;
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || size_t(value) > max_shared_bytes) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || size_t(value) > max_shared_bytes()) {
     return returned(cudaErrorInvalidValue);
   }
   const std::lock_guard<std::mutex> lock(shared_limits.mutex);
@@ -299,7 +299,7 @@ template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int threads, size_t shared_bytes) {
   constexpr int threads_of_multiprocessor = 2048, max_blocks = 32;
   *blocks = std::min(max_blocks, threads_of_multiprocessor / threads);
-  if (shared_bytes) *blocks = std::min(*blocks, int(dynconv_emulation::max_shared_bytes / shared_bytes));
+  if (shared_bytes) *blocks = std::min(*blocks, int(dynconv_emulation::max_shared_bytes() / shared_bytes));
   return cudaSuccess;
 }
 

@@ -23,6 +23,19 @@ void AnnotateIgnoreWritesEnd(const char* file, int line);
 
 namespace dynconv_emulation {
 
+namespace {
+
+size_t from_environment(const char* name, size_t otherwise) {
+  const char* const value = std::getenv(name);
+  return value != nullptr && *value != '\0' ? size_t(std::stoull(value)) : otherwise;
+}
+
+}  // namespace
+
+int num_multiprocessors() { return int(from_environment("DYNCONV_EMULATION_MULTIPROCESSORS", 4)); }
+size_t max_shared_bytes() { return from_environment("DYNCONV_EMULATION_SHARED_BYTES", 227 * 1024); }
+
+
 constinit thread_local Thread* current = nullptr;
 
 namespace {

@@ -19,10 +19,13 @@
 namespace dynconv_emulation {
 
 constexpr int warp_size = 32;
-constexpr int num_multiprocessors = 4;
 constexpr int max_threads_per_block = 1024;
-// As in compute capability 8.0.
-constexpr size_t max_shared_bytes = 163 * 1024, max_shared_bytes_by_default = 48 * 1024;
+constexpr size_t max_shared_bytes_by_default = 48 * 1024;
+
+// What devices differ in. The environment variables DYNCONV_EMULATION_MULTIPROCESSORS and DYNCONV_EMULATION_SHARED_BYTES
+// replace 4, and the 227 KiB of compute capability 9.0; they are read each time.
+int num_multiprocessors();
+size_t max_shared_bytes();
 
 // A mistake of a kernel. The message names the kernel, the block and the thread.
 struct Error : std::runtime_error {

@@ -28,6 +28,14 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, s
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 
+// Shared memory that a block may have on the current device, in bytes.
+inline size_t shared_memory_limit() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 48 * 1024;
+  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 48 * 1024;
+  return size_t(bytes);
+}
+
 // Multiprocessors of the current device.
 inline int multiprocessors() {
   int device = 0, count = 0;
