@@ -6,8 +6,8 @@
 //   forward:     to = out,        from = input:     row y * stride - padding + i * dilation
 //   grad_input:  to = grad_input, from = grad_out:  row (y + padding - i * dilation) / stride, where that is whole
 //
-// A block does one sample, some units of channels, and some strips of pixels. A unit is a group, or, where each group has
-// one channel on both sides, kChunk neighbouring groups. A strip is kRows rows of one column; its rows stand so far
+// A block does one sample, some units of channels, and some strips of pixels. A unit is a group, or, where each group
+// has one channel on both sides, kChunk neighbouring groups. A strip is kRows rows of one column; its rows stand so far
 // apart that the same taps reach all of them. The block's kernels are mixed in shared memory; each thread then keeps a
 // strip of a unit in registers. Nothing is added in an order that depends on the device.
 #include "common/cuda/launch.h"
@@ -31,8 +31,8 @@ enum class Reads {
   groups,   // the channels of its kChunk groups, 16 bytes
 };
 
-// Rows or columns. Sizes are below 2^31; where a step leads far beyond them, arithmetic is modulo 2^32 and what it gives
-// is compared with the size.
+// Rows or columns. Sizes are below 2^31; where a step leads far beyond them, arithmetic is modulo 2^32 and what it
+// gives is compared with the size.
 struct Axis {
   int kernel, stride, padding, dilation;
   bool transposed;  // grad_input
@@ -100,8 +100,8 @@ struct DirectArguments {
   int depth_chunk, tap_chunk, chunks, tap_chunks;
 };
 
-// Mixed kernels in shared memory: M numbers for each unit at each entry (depth, tap). These lie in pieces of 16 bytes at
-// most, the pieces of all units side by side, and entries 16 bytes further apart than they need: neither threads of
+// Mixed kernels in shared memory: M numbers for each unit at each entry (depth, tap). These lie in pieces of 16 bytes
+// at most, the pieces of all units side by side, and entries 16 bytes further apart than they need: neither threads of
 // neighbouring units that read, nor threads of neighbouring entries that write, meet in a bank.
 template <class acc_t, int M>
 struct KernelTile {
@@ -154,8 +154,8 @@ struct DirectKernel {
   static constexpr int V = T::kChunk;
   static constexpr int M = reads == Reads::groups ? V : R;
   static constexpr int kUnitGroups = reads == Reads::groups ? V : 1;
-  // Blocks that a multiprocessor's registers hold: 128 a thread are too few for the sums of 8 outputs in double, and for
-  // the largest window of 8 groups.
+  // Blocks that a multiprocessor's registers hold: 128 a thread are too few for the sums of 8 outputs in double, and
+  // for the largest window of 8 groups.
   static constexpr int kBlocks = M * sizeof(acc_t) > 32 || (M == 8 && kTaps == 5 && kStep == 2) ? 1 : 2;
   using Tile = KernelTile<acc_t, M>;
 
@@ -553,7 +553,8 @@ DirectArguments arguments(const DynamicCall& call, bool transposed) {
           int(p.groups),
           int(transposed ? p.group_out_channels() : p.group_channels()),
           int(transposed ? p.group_channels() : p.group_out_channels()),
-          Axis(p.kernel_height, p.stride_height, p.padding_height, p.dilation_height, p.height, p.out_height, transposed),
+          Axis(p.kernel_height, p.stride_height, p.padding_height, p.dilation_height, p.height, p.out_height,
+               transposed),
           Axis(p.kernel_width, p.stride_width, p.padding_width, p.dilation_width, p.width, p.out_width, transposed),
           false, false, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
 }

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Gradients of dynamic_conv2d with respect to weight and mixing weights, with few inputs and outputs a group.
 //
-// A block owns some units of channels, some taps, some kernels of the bank, and a share: some samples, or a piece of one
-// sample's pixels. A unit is an input channel, or, where each group has one channel on both sides, kChunk neighbouring
-// groups. An item is a unit at up to kTaps neighbouring taps of a row of the kernel; its gradients are in registers, summed
-// over pixels by as many threads as the block has to spare, then over these threads in shared memory. That is the gradient
-// g of the sample's kernel, which goes nowhere else: mix[k] * g is added to the block's gradient of each weight[k], and
-// <weight[k], g> is a part of the gradient of mix[k]. The shares' gradients of the weight are written to the workspace and
-// added by a second kernel. All sums have a fixed order.
+// A block owns some units of channels, some taps, some kernels of the bank, and a share: some samples, or a piece of
+// one sample's pixels. A unit is an input channel, or, where each group has one channel on both sides, kChunk
+// neighbouring groups. An item is a unit at up to kTaps neighbouring taps of a row of the kernel; its gradients are in
+// registers, summed over pixels by as many threads as the block has to spare, then over these threads in shared memory.
+// That is the gradient g of the sample's kernel, which goes nowhere else: mix[k] * g is added to the block's gradient
+// of each weight[k], and <weight[k], g> is a part of the gradient of mix[k]. The shares' gradients of the weight are
+// written to the workspace and added by a second kernel. All sums have a fixed order.
 #include "common/cuda/launch.h"
 #include "dynamic_conv2d/dynamic_conv2d_direct.h"
 
@@ -75,7 +75,8 @@ struct WeightItem {
     const auto* const grad_out = static_cast<const storage_t*>(a.grad_out) + sample * a.grad_out_stride.batch +
                                  out_channel * a.grad_out_stride.channel;
     const int step_y = step / a.out_width, step_x = step - step_y * a.out_width;
-    const int first_y = row * a.dilation_height - a.padding_height, first_x = column * a.dilation_width - a.padding_width;
+    const int first_y = row * a.dilation_height - a.padding_height;
+    const int first_x = column * a.dilation_width - a.padding_width;
     int out_y = int(begin / a.out_width), out_x = int(begin % a.out_width);
     DYNCONV_NO_UNROLL
     for (int64_t pixel = begin; pixel < end; pixel += step) {
@@ -121,8 +122,8 @@ struct WeightItem {
   }
 };
 
-// Gradients of a block: number q is row q / taps (unit * M + m) and tap q % taps. The sums over pixels have another order:
-// (part, item, m, tap of the item), where neighbouring items don't meet in a bank.
+// Gradients of a block: number q is row q / taps (unit * M + m) and tap q % taps. The sums over pixels have another
+// order: (part, item, m, tap of the item), where neighbouring items don't meet in a bank.
 template <class T, int M, int kTaps>
 struct WeightShared {
   using acc_t = typename T::acc_t;
@@ -150,7 +151,8 @@ struct WeightShared {
   static int64_t bytes(const WeightArguments& a, int kernels, int threads) {
     const int64_t size = int64_t(a.items()) * M * kTaps;
     return a.block_units * M * 8 + a.block_tap_items * kTaps * 4 +
-           int64_t(sizeof(acc_t)) * (a.parts_of_item * int64_t(a.items()) * kItem + (a.sums != nullptr ? kernels * size : 0) +
+           int64_t(sizeof(acc_t)) * (a.parts_of_item * int64_t(a.items()) * kItem +
+                                     (a.sums != nullptr ? kernels * size : 0) +
                                      (a.dots != nullptr ? kernels * (threads / 32) : 0));
   }
 };
@@ -267,7 +269,8 @@ __global__ void __launch_bounds__(kThreads<T>, 2)
     const int64_t part = (int64_t(tap_tile) * a.unit_tiles + unit_tile) * a.pieces + piece;
     for (int k = first_kernel + thread; k < end_kernel; k += threads) {
       acc_t sum = 0;
-      for (int warp = 0; warp < threads / 32; ++warp) sum += shared.warp_dots[warp * a.block_kernels + k - first_kernel];
+      for (int warp = 0; warp < threads / 32; ++warp)
+        sum += shared.warp_dots[warp * a.block_kernels + k - first_kernel];
       static_cast<acc_t*>(a.dots)[(part * a.batch + sample) * a.num_kernels + k] = sum;
     }
   }
@@ -403,8 +406,8 @@ auto dispatch_variant(const DynamicBackwardCall& call, F f) {
   constexpr int V = T::kChunk;
   const int taps = taps_of_item(p.kernel_width);
   const int64_t outputs = p.group_out_channels();
-  if (p.group_channels() == 1 && outputs == 1 && p.channels % V == 0 && p.channels_last && call.grad_out_channels_last &&
-      is_aligned(call.forward.input, 16) && is_aligned(call.grad_out, 16)) {
+  if (p.group_channels() == 1 && outputs == 1 && p.channels % V == 0 && p.channels_last &&
+      call.grad_out_channels_last && is_aligned(call.forward.input, 16) && is_aligned(call.grad_out, 16)) {
     if (taps == 1) return f(Variant<T, true, V, 1>());
     if (taps == 3) return f(Variant<T, true, V, 3>());
     return f(Variant<T, true, V, 5>());
