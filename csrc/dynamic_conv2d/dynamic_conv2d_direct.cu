@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // dynamic_conv2d with few outputs a group, and its gradient with respect to the input where a group has few inputs.
 //
-// Both gather: each number of a tensor `to` is a sum over `depth` channels of its group of a tensor `from`, and over taps.
-//   forward:     to = out,        from = input:     the tap i of row y reads row y * stride - padding + i * dilation
-//   grad_input:  to = grad_input, from = grad_out:  it reads row (y + padding - i * dilation) / stride, where that is whole
+// Both gather: each number of a tensor `to` is a sum over `depth` channels of its group of a tensor `from`, and over
+// taps. For a row y of `to`, tap i reads a row of `from`:
+//   forward:     to = out,        from = input:     row y * stride - padding + i * dilation
+//   grad_input:  to = grad_input, from = grad_out:  row (y + padding - i * dilation) / stride, where that is whole
 //
-// A block does one sample, some units of channels, and some strips of pixels. A unit is a group, or, where each group has
-// one channel on both sides, kChunk neighbouring groups. A strip is kRows rows of one column; its rows stand so far
+// A block does one sample, some units of channels, and some strips of pixels. A unit is a group, or, where each group
+// has one channel on both sides, kChunk neighbouring groups. A strip is kRows rows of one column; its rows stand so far
 // apart that the same taps reach all of them. The block's kernels are mixed in shared memory; each thread then keeps a
 // strip of a unit in registers. Nothing is added in an order that depends on the device.
 #include "common/cuda/launch.h"
@@ -30,8 +31,8 @@ enum class Reads {
   groups,   // the channels of its kChunk groups, 16 bytes
 };
 
-// Rows or columns. Sizes are below 2^31; where a step leads far beyond them, arithmetic is modulo 2^32 and what it gives
-// is compared with the size.
+// Rows or columns. Sizes are below 2^31; where a step leads far beyond them, arithmetic is modulo 2^32 and what it
+// gives is compared with the size.
 struct Axis {
   int kernel, stride, padding, dilation;
   bool transposed;  // grad_input
@@ -41,7 +42,8 @@ struct Axis {
   int spread;       // between the places of a strip
   int strip_move;   // of what is read, from one such place to the next
 
-  Axis(int64_t kernel_, int64_t stride_, int64_t padding_, int64_t dilation_, int64_t input, int64_t output, bool transposed_)
+  Axis(int64_t kernel_, int64_t stride_, int64_t padding_, int64_t dilation_, int64_t input, int64_t output,
+       bool transposed_)
       : kernel(int(kernel_)),
         stride(int(stride_)),
         padding(int(padding_)),
@@ -98,8 +100,8 @@ struct DirectArguments {
   int depth_chunk, tap_chunk, chunks, tap_chunks;
 };
 
-// Mixed kernels in shared memory: M numbers for each unit at each entry (depth, tap). These lie in pieces of 16 bytes at
-// most, the pieces of all units side by side, and entries 16 bytes further apart than they need: neither threads of
+// Mixed kernels in shared memory: M numbers for each unit at each entry (depth, tap). These lie in pieces of 16 bytes
+// at most, the pieces of all units side by side, and entries 16 bytes further apart than they need: neither threads of
 // neighbouring units that read, nor threads of neighbouring entries that write, meet in a bank.
 template <class acc_t, int M>
 struct KernelTile {
@@ -116,12 +118,16 @@ struct KernelTile {
   DYNCONV_DEVICE acc_t* at(int entry, int unit, int m) const {
     return data + entry * entry_size(units) + (m / kPiece * units + unit) * kPiece + m % kPiece;
   }
+  // Numbers m to m + kPiece, m being a multiple of kPiece.
+  DYNCONV_DEVICE Piece piece(int entry, int unit, int m) const {
+    return *reinterpret_cast<const Piece*>(at(entry, unit, m));
+  }
   DYNCONV_DEVICE void read(int entry, int unit, acc_t (&v)[M]) const {
     DYNCONV_UNROLL
     for (int m = 0; m < M; m += kPiece) {
-      const Piece piece = *reinterpret_cast<const Piece*>(at(entry, unit, m));
+      const Piece p = piece(entry, unit, m);
       DYNCONV_UNROLL
-      for (int e = 0; e < kPiece; ++e) v[m + e] = piece.v[e];
+      for (int e = 0; e < kPiece; ++e) v[m + e] = p.v[e];
     }
   }
 };
@@ -148,8 +154,8 @@ struct DirectKernel {
   static constexpr int V = T::kChunk;
   static constexpr int M = reads == Reads::groups ? V : R;
   static constexpr int kUnitGroups = reads == Reads::groups ? V : 1;
-  // Blocks that a multiprocessor's registers hold: 128 a thread are too few for the sums of 8 outputs in double, and for
-  // the largest window of 8 groups.
+  // Blocks that a multiprocessor's registers hold: 128 a thread are too few for the sums of 8 outputs in double, and
+  // for the largest window of 8 groups.
   static constexpr int kBlocks = M * sizeof(acc_t) > 32 || (M == 8 && kTaps == 5 && kStep == 2) ? 1 : 2;
   using Tile = KernelTile<acc_t, M>;
 
@@ -302,39 +308,41 @@ struct DirectKernel {
     const bool backwards = rows.tap_move < 0;
     const int top = strip.source_row - (backwards ? kTaps - 1 : 0);
     int x = strip.source_column;
+    DYNCONV_NO_UNROLL
     for (int j = strip.first_column_tap; j < columns.kernel; j += columns.step, x += columns.tap_move) {
       if (unsigned(x) >= unsigned(columns.from)) continue;
       const int64_t at = top * a.from_stride.row + x * a.from_stride.pixel;
-      for (int channel = 0; channel < chunk.channels; ++channel) {
-        acc_t w[kTaps][M];
+      DYNCONV_NO_UNROLL
+      for (int channel = 0; channel < (reads == Reads::groups ? 1 : chunk.channels); ++channel) {
+        // All rows are on their way before the first is used; kernels, a piece at a time, to keep registers for them.
+        ChannelChunk<T, true> read[kHeight];
+        acc_t numbers[kHeight];
+        int64_t place = at + channel * a.from_stride.channel;
         DYNCONV_UNROLL
-        for (int i = 0; i < kTaps; ++i) {
-          const int tap = strip.first_row_tap + (backwards ? kTaps - 1 - i : i) * rows.step;
-          if (tap < rows.kernel) {
-            tile.read(channel * chunk.taps + tap * columns.kernel + j, unit, w[i]);
-          } else {
-            DYNCONV_UNROLL
-            for (int m = 0; m < M; ++m) w[i][m] = 0;
-          }
+        for (int i = 0; i < kHeight; ++i, place += a.from_stride.row) {
+          const bool inside = unsigned(top) + unsigned(i) < unsigned(rows.from);
+          if constexpr (reads == Reads::groups) read[i].load(from + place, 1, int(inside));
+          else numbers[i] = inside ? to_acc(from[place]) : acc_t(0);
         }
         DYNCONV_UNROLL
-        for (int i = 0; i < kHeight; ++i) {
-          const bool inside = unsigned(top) + unsigned(i) < unsigned(rows.from);
-          const storage_t* const number = from + (at + i * a.from_stride.row + channel * a.from_stride.channel);
-          acc_t v[M];
-          if constexpr (reads == Reads::groups) {
-            ChannelChunk<T, true> read;
-            read.load(number, 1, int(inside));
-            read.get(v);
-          } else {
-            DYNCONV_UNROLL
-            for (int m = 0; m < M; ++m) v[m] = inside ? to_acc(*number) : acc_t(0);
+        for (int piece = 0; piece < M; piece += Tile::kPiece) {
+          typename Tile::Piece w[kTaps];
+          DYNCONV_UNROLL
+          for (int i = 0; i < kTaps; ++i) {
+            const int tap = strip.first_row_tap + (backwards ? kTaps - 1 - i : i) * rows.step;
+            w[i] = {};
+            if (tap < rows.kernel) w[i] = tile.piece(channel * chunk.taps + tap * columns.kernel + j, unit, piece);
           }
           DYNCONV_UNROLL
-          for (int p = 0; p < kRows; ++p) {
-            if (i - p * kStep < 0 || i - p * kStep >= kTaps) continue;
+          for (int i = 0; i < kHeight; ++i) {
+            acc_t v[V] = {numbers[i]};
+            if constexpr (reads == Reads::groups) read[i].get(v);
             DYNCONV_UNROLL
-            for (int m = 0; m < M; ++m) sums[p][m] += v[m] * w[i - p * kStep][m];
+            for (int p = 0; p < kRows; ++p) {
+              if (i - p * kStep < 0 || i - p * kStep >= kTaps) continue;
+              DYNCONV_UNROLL
+              for (int m = 0; m < Tile::kPiece; ++m) sums[p][piece + m] += v[piece + m] * w[i - p * kStep].v[m];
+            }
           }
         }
       }
@@ -370,7 +378,8 @@ struct DirectKernel {
 };
 
 template <class T, Reads reads, int R, int kTaps, int kStep>
-__global__ void __launch_bounds__(kThreads, (DirectKernel<T, reads, R, kTaps, kStep>::kBlocks)) direct_kernel(const __grid_constant__ DirectArguments a) {
+__global__ void __launch_bounds__(kThreads, (DirectKernel<T, reads, R, kTaps, kStep>::kBlocks))
+    direct_kernel(const __grid_constant__ DirectArguments a) {
   using Kernel = DirectKernel<T, reads, R, kTaps, kStep>;
   using storage_t = typename T::storage_t;
   using acc_t = typename T::acc_t;
@@ -396,6 +405,7 @@ __global__ void __launch_bounds__(kThreads, (DirectKernel<T, reads, R, kTaps, kS
                                 int64_t(unit) * Kernel::kUnitGroups * a.depth * a.from_stride.channel;
   const int64_t first_strip = strip_tile * a.passes * a.block_strips;
   const int first_row = int(first_strip / a.columns.to), first_column = int(first_strip % a.columns.to);
+  DYNCONV_NO_UNROLL
   for (int pass = 0; pass < a.passes; ++pass) {
     const int64_t pass_strip = first_strip + int64_t(pass) * a.block_strips;
     if (pass_strip >= a.strips) break;
@@ -410,6 +420,7 @@ __global__ void __launch_bounds__(kThreads, (DirectKernel<T, reads, R, kTaps, kS
     for (int p = 0; p < kRows; ++p)
       DYNCONV_UNROLL
       for (int m = 0; m < Kernel::M; ++m) sums[p][m] = bias[m];
+    DYNCONV_NO_UNROLL
     for (int number = 0; number < a.chunks; ++number) {
       const Chunk chunk(a, number);
       if (a.chunks > 1) {
@@ -542,7 +553,8 @@ DirectArguments arguments(const DynamicCall& call, bool transposed) {
           int(p.groups),
           int(transposed ? p.group_out_channels() : p.group_channels()),
           int(transposed ? p.group_channels() : p.group_out_channels()),
-          Axis(p.kernel_height, p.stride_height, p.padding_height, p.dilation_height, p.height, p.out_height, transposed),
+          Axis(p.kernel_height, p.stride_height, p.padding_height, p.dilation_height, p.height, p.out_height,
+               transposed),
           Axis(p.kernel_width, p.stride_width, p.padding_width, p.dilation_width, p.width, p.out_width, transposed),
           false, false, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// dynamic_conv2d's direct kernels: for convolutions with few outputs a group, depthwise ones above all, where a tile of a
-// matrix product would be nearly empty. A block mixes the kernels of its groups once, in shared memory.
+// dynamic_conv2d's direct kernels: for convolutions with few outputs a group, depthwise ones above all, where a tile of
+// a matrix product would be nearly empty. A block mixes the kernels of its groups once, in shared memory.
 #pragma once
 
 #include "common/cuda/operands.h"

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Gradients of dynamic_conv2d with respect to weight and mixing weights, with few inputs and outputs a group.
 //
-// A block owns some units of channels, some taps, some kernels of the bank, and a share: some samples, or a piece of one
-// sample's pixels. A unit is an input channel, or, where each group has one channel on both sides, kChunk neighbouring
-// groups. An item is a unit at up to kTaps neighbouring taps of a row of the kernel; its gradients are in registers, summed
-// over pixels by as many threads as the block has to spare, then over these threads in shared memory. That is the gradient
-// g of the sample's kernel, which goes nowhere else: mix[k] * g is added to the block's gradient of each weight[k], and
-// <weight[k], g> is a part of the gradient of mix[k]. The shares' gradients of the weight are written to the workspace and
-// added by a second kernel. All sums have a fixed order.
+// A block owns some units of channels, some taps, some kernels of the bank, and a share: some samples, or a piece of
+// one sample's pixels. A unit is an input channel, or, where each group has one channel on both sides, kChunk
+// neighbouring groups. An item is a unit at up to kTaps neighbouring taps of a row of the kernel; its gradients are in
+// registers, summed over pixels by as many threads as the block has to spare, then over these threads in shared memory.
+// That is the gradient g of the sample's kernel, which goes nowhere else: mix[k] * g is added to the block's gradient
+// of each weight[k], and <weight[k], g> is a part of the gradient of mix[k]. The shares' gradients of the weight are
+// written to the workspace and added by a second kernel. All sums have a fixed order.
 #include "common/cuda/launch.h"
 #include "dynamic_conv2d/dynamic_conv2d_direct.h"
 
@@ -75,8 +75,10 @@ struct WeightItem {
     const auto* const grad_out = static_cast<const storage_t*>(a.grad_out) + sample * a.grad_out_stride.batch +
                                  out_channel * a.grad_out_stride.channel;
     const int step_y = step / a.out_width, step_x = step - step_y * a.out_width;
-    const int first_y = row * a.dilation_height - a.padding_height, first_x = column * a.dilation_width - a.padding_width;
+    const int first_y = row * a.dilation_height - a.padding_height;
+    const int first_x = column * a.dilation_width - a.padding_width;
     int out_y = int(begin / a.out_width), out_x = int(begin % a.out_width);
+    DYNCONV_NO_UNROLL
     for (int64_t pixel = begin; pixel < end; pixel += step) {
       const int y = out_y * a.stride_height + first_y, x = out_x * a.stride_width + first_x;
       if (unsigned(y) < unsigned(a.height)) {
@@ -120,11 +122,12 @@ struct WeightItem {
   }
 };
 
-// Gradients of a block: number q is row q / taps (unit * M + m) and tap q % taps. The sums over pixels have another order:
-// (part, m, tap of the item, item).
+// Gradients of a block: number q is row q / taps (unit * M + m) and tap q % taps. The sums over pixels have another
+// order: (part, item, m, tap of the item), where neighbouring items don't meet in a bank.
 template <class T, int M, int kTaps>
 struct WeightShared {
   using acc_t = typename T::acc_t;
+  static constexpr int kItem = (M * kTaps) | 1;
 
   int items, block_units, block_taps, rows;
   int64_t* row_places;  // where the row begins in a kernel, -1 for none
@@ -135,23 +138,21 @@ struct WeightShared {
       : items(a.items()), block_units(a.block_units), block_taps(a.block_tap_items * kTaps), rows(block_units * M) {
     row_places = reinterpret_cast<int64_t*>(dynamic_shared());
     parts = reinterpret_cast<acc_t*>(row_places + rows);
-    sums = parts + a.parts_of_item * part_size();
-    warp_dots = sums + (a.sums != nullptr ? a.block_kernels * part_size() : 0);
+    sums = parts + a.parts_of_item * items * kItem;
+    warp_dots = sums + (a.sums != nullptr ? a.block_kernels * size() : 0);
     taps = reinterpret_cast<int*>(warp_dots + (a.dots != nullptr ? a.block_kernels * (int(blockDim.x) / 32) : 0));
   }
-  DYNCONV_DEVICE int part_size() const { return items * M * kTaps; }
-  // Of the sums over pixels.
-  DYNCONV_DEVICE acc_t* part(int number, int m, int tap, int item) const {
-    return parts + number * part_size() + (m * kTaps + tap) * items + item;
-  }
-  DYNCONV_DEVICE acc_t* part_of(int number, int row, int tap) const {
-    return part(number, row % M, tap % kTaps, tap / kTaps * block_units + row / M);
+  DYNCONV_DEVICE int size() const { return items * M * kTaps; }
+  DYNCONV_DEVICE acc_t* part(int number, int item) const { return parts + (number * items + item) * kItem; }
+  DYNCONV_DEVICE acc_t* part(int number, int row, int tap) const {
+    return part(number, tap / kTaps * block_units + row / M) + row % M * kTaps + tap % kTaps;
   }
 
   static int64_t bytes(const WeightArguments& a, int kernels, int threads) {
     const int64_t size = int64_t(a.items()) * M * kTaps;
     return a.block_units * M * 8 + a.block_tap_items * kTaps * 4 +
-           int64_t(sizeof(acc_t)) * (a.parts_of_item * size + (a.sums != nullptr ? kernels * size : 0) +
+           int64_t(sizeof(acc_t)) * (a.parts_of_item * int64_t(a.items()) * kItem +
+                                     (a.sums != nullptr ? kernels * size : 0) +
                                      (a.dots != nullptr ? kernels * (threads / 32) : 0));
   }
 };
@@ -164,7 +165,7 @@ DYNCONV_DEVICE acc_t warp_sum(acc_t value) {
 }
 
 template <class T, bool vectors, int M, int kTaps>
-__global__ void __launch_bounds__(kThreads<T>, (!vectors && M == 8 ? 1 : 2))
+__global__ void __launch_bounds__(kThreads<T>, 2)
     direct_weight_kernel(const __grid_constant__ WeightArguments a) {
   using storage_t = typename T::storage_t;
   using acc_t = typename T::acc_t;
@@ -194,10 +195,11 @@ __global__ void __launch_bounds__(kThreads<T>, (!vectors && M == 8 ? 1 : 2))
     const int row_unit = unit_tile * a.block_units + row / M, m = row % M;
     const WeightItem<T, vectors, M, kTaps> row_item(a, row_unit < a.units ? row_unit : 0, 0);
     const int64_t taps = int64_t(a.kernel_height) * a.kernel_width;
-    int64_t place = vectors ? (row_item.channel + m) * taps
-                            : (int64_t(row_item.out_channel + m) * a.group_channels + row_item.channel % a.group_channels) * taps;
-    if (row_unit >= a.units || (!vectors && m >= a.group_out_channels)) place = -1;
-    shared.row_places[row] = place;
+    // Where groups have one channel, the output channel is the input channel.
+    const int64_t out_channel = (vectors ? row_item.channel : row_item.out_channel) + m;
+    const bool row_exists = row_unit < a.units && (vectors || m < a.group_out_channels);
+    shared.row_places[row] =
+        row_exists ? (out_channel * a.group_channels + row_item.channel % a.group_channels) * taps : -1;
   }
   for (int tap = thread; tap < shared.block_taps; tap += threads) {
     const int number = tap_tile * a.block_tap_items + tap / kTaps, column = number % a.row_chunks * kTaps + tap % kTaps;
@@ -208,14 +210,14 @@ __global__ void __launch_bounds__(kThreads<T>, (!vectors && M == 8 ? 1 : 2))
 
   // Calls f(q, row, tap, place in a kernel) for the gradients that are the thread's: the same ones each time.
   auto for_each = [&](auto f) {
-    for (int q = thread; q < shared.part_size(); q += threads) {
+    for (int q = thread; q < shared.size(); q += threads) {
       const int row = q / shared.block_taps, tap = q - row * shared.block_taps;
       if (shared.row_places[row] >= 0 && shared.taps[tap] >= 0)
         f(q, row, tap, shared.row_places[row] + shared.taps[tap]);
     }
   };
   if (a.sums != nullptr)
-    for (int i = thread; i < (end_kernel - first_kernel) * shared.part_size(); i += threads) shared.sums[i] = 0;
+    for (int i = thread; i < (end_kernel - first_kernel) * shared.size(); i += threads) shared.sums[i] = 0;
   // The zeros above are other threads'; the barrier after the first sample's pixels is before their use.
 
   const auto* const weight = static_cast<const storage_t*>(a.weight);
@@ -224,17 +226,14 @@ __global__ void __launch_bounds__(kThreads<T>, (!vectors && M == 8 ? 1 : 2))
   for (int64_t sample = first_sample; sample < end_sample; ++sample) {
     acc_t gradients[M][kTaps] = {};
     if (exists) own.add_pixels(a, sample, begin + slot, end, a.threads_of_item, gradients);
-    DYNCONV_UNROLL
-    for (int m = 0; m < M; ++m)
+    if (a.lanes_are_pixels)
       DYNCONV_UNROLL
-      for (int t = 0; t < kTaps; ++t) {
-        if (a.lanes_are_pixels) {
-          const acc_t sum = warp_sum(gradients[m][t]);
-          if (thread % 32 == 0) *shared.part(slot / 32, m, t, item) = sum;
-        } else if (slot < a.threads_of_item) {
-          *shared.part(slot, m, t, item) = gradients[m][t];
-        }
-      }
+      for (int i = 0; i < M * kTaps; ++i) gradients[i / kTaps][i % kTaps] = warp_sum(gradients[i / kTaps][i % kTaps]);
+    if (a.lanes_are_pixels ? thread % 32 == 0 : slot < a.threads_of_item) {
+      acc_t* const to = shared.part(a.lanes_are_pixels ? slot / 32 : slot, item);
+      DYNCONV_UNROLL
+      for (int i = 0; i < M * kTaps; ++i) to[i] = gradients[i / kTaps][i % kTaps];
+    }
     __syncthreads();
 
     const auto* const mix = static_cast<const acc_t*>(a.mix) + sample * a.num_kernels;
@@ -243,16 +242,16 @@ __global__ void __launch_bounds__(kThreads<T>, (!vectors && M == 8 ? 1 : 2))
       DYNCONV_UNROLL
       for (int k = 0; k < kMixedAtOnce; ++k) w[k] = first + k < end_kernel ? mix[first + k] : acc_t(0);
       for_each([&](int q, int row, int tap, int64_t place) {
-        acc_t* const whole = shared.part_of(0, row, tap);
+        acc_t* const whole = shared.part(0, row, tap);
         acc_t g = *whole;
         if (first == first_kernel) {
-          for (int part = 1; part < a.parts_of_item; ++part) g += *shared.part_of(part, row, tap);
+          for (int part = 1; part < a.parts_of_item; ++part) g += *shared.part(part, row, tap);
           *whole = g;
         }
         DYNCONV_UNROLL
         for (int k = 0; k < kMixedAtOnce; ++k) {
           if (first + k >= end_kernel) continue;
-          if (a.sums != nullptr) shared.sums[(first - first_kernel + k) * shared.part_size() + q] += w[k] * g;
+          if (a.sums != nullptr) shared.sums[(first - first_kernel + k) * shared.size() + q] += w[k] * g;
           if (a.dots != nullptr) dots[k] += to_acc(weight[(first + k) * a.kernel_size + place]) * g;
         }
       });
@@ -270,7 +269,8 @@ __global__ void __launch_bounds__(kThreads<T>, (!vectors && M == 8 ? 1 : 2))
     const int64_t part = (int64_t(tap_tile) * a.unit_tiles + unit_tile) * a.pieces + piece;
     for (int k = first_kernel + thread; k < end_kernel; k += threads) {
       acc_t sum = 0;
-      for (int warp = 0; warp < threads / 32; ++warp) sum += shared.warp_dots[warp * a.block_kernels + k - first_kernel];
+      for (int warp = 0; warp < threads / 32; ++warp)
+        sum += shared.warp_dots[warp * a.block_kernels + k - first_kernel];
       static_cast<acc_t*>(a.dots)[(part * a.batch + sample) * a.num_kernels + k] = sum;
     }
   }
@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(kThreads<T>, (!vectors && M == 8 ? 1 : 2))
   auto* const to = static_cast<acc_t*>(a.sums) + share * a.num_kernels * a.kernel_size;
   for (int k = first_kernel; k < end_kernel; ++k)
     for_each([&](int q, int, int, int64_t place) {
-      to[k * a.kernel_size + place] = shared.sums[(k - first_kernel) * shared.part_size() + q];
+      to[k * a.kernel_size + place] = shared.sums[(k - first_kernel) * shared.size() + q];
     });
 }
 
@@ -406,8 +406,8 @@ auto dispatch_variant(const DynamicBackwardCall& call, F f) {
   constexpr int V = T::kChunk;
   const int taps = taps_of_item(p.kernel_width);
   const int64_t outputs = p.group_out_channels();
-  if (p.group_channels() == 1 && outputs == 1 && p.channels % V == 0 && p.channels_last && call.grad_out_channels_last &&
-      is_aligned(call.forward.input, 16) && is_aligned(call.grad_out, 16)) {
+  if (p.group_channels() == 1 && outputs == 1 && p.channels % V == 0 && p.channels_last &&
+      call.grad_out_channels_last && is_aligned(call.forward.input, 16) && is_aligned(call.grad_out, 16)) {
     if (taps == 1) return f(Variant<T, true, V, 1>());
     if (taps == 3) return f(Variant<T, true, V, 3>());
     return f(Variant<T, true, V, 5>());
