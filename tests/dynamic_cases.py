@@ -81,3 +81,7 @@ DYNAMIC_CASES = [
     DynamicCase("padding_larger_than_kernel", padding=(4, 3), size=(3, 2)),
     DynamicCase("large_channels_and_map", batch=2, channels=64, size=(17, 16), out_channels=64, num_kernels=2),
 ]
+
+# On a GPU, where DYNCONV_DYNAMIC_CONV2D_CUDA decides; and a geometry that can be computed in each.
+CUDA_WAYS = ("direct", "mixed_first", "mixed", "wide")
+ANY_WAY = DynamicCase("any_way", 1, 8, (5, 4), num_kernels=3)

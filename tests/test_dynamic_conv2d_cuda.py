@@ -11,7 +11,7 @@ import torch
 import cuda_checks
 import op_checks
 from cuda_checks import needs_gpu, on_gpu, run_emulated, there_and_back
-from dynamic_cases import DYNAMIC_CASES, DynamicCase
+from dynamic_cases import ANY_WAY, CUDA_WAYS, DYNAMIC_CASES, DynamicCase
 from dynconv_ext import DynamicConv2d, aggregate_kernels, dynamic_conv2d, reference
 from op_cases import TOLERANCE, TOLERANCE_TF32, case_id, relative_error
 
@@ -77,6 +77,14 @@ def test_layers_match_reference(case, dtype, channels_last):
 @pytest.mark.parametrize("case", LAYERS, ids=case_id)
 def test_tf32_layers_match_reference(case, tf32):
     check(case, case.tensors(torch.float32, channels_last=True), TOLERANCE_TF32)
+
+
+@needs_gpu
+@pytest.mark.parametrize("way", CUDA_WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_way_gives_the_same(monkeypatch, way, dtype):
+    monkeypatch.setenv("DYNCONV_DYNAMIC_CONV2D_CUDA", way)
+    check(ANY_WAY, ANY_WAY.tensors(dtype), TOLERANCE[dtype])
 
 
 @needs_gpu

@@ -23,6 +23,8 @@ struct Tile {
   static constexpr int kWarpM = rows / warps_m, kWarpN = results / warps_n;
   // Samples that share a block: as many as there are warps along the rows, and as there is shared memory for.
   static constexpr int kMostSamples = 256 / results < warps_m ? 256 / results : warps_m;
+  // Compiled for compute capability 9.0 on: 8.0 has neither the shared memory nor, by some bytes, the registers.
+  static constexpr bool kIsLarge = rows * results > 16 * 1024;
 };
 
 struct ConvArguments {
@@ -53,7 +55,7 @@ struct ConvShared {
   using storage_t = typename T::storage_t;
   static constexpr int kSource = Tile::kRows * kRowBytes;
   static constexpr int kKernel = Tile::kResults * kRowBytes;  // of a sample
-  static constexpr int kPlaces = Tile::kRows * int(sizeof(Place));
+  static constexpr int kPlaces = Tile::kRows * int(sizeof(Place) + sizeof(int64_t));
   static constexpr int kMix = Tile::kMostSamples * kFewKernels * int(sizeof(acc_t));
   static constexpr int kBias = Tile::kMostSamples * Tile::kResults * int(sizeof(acc_t));
   static constexpr int kFixed = 2 * kSource + kPlaces + kMix + kBias;
@@ -71,6 +73,9 @@ struct ConvShared {
 
 template <class T, bool vectors, bool wide, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, kBlocksOf<T, Tile>) conv_kernel(const ConvArguments a) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if constexpr (Tile::kIsLarge) return;
+#endif
   using storage_t = typename T::storage_t;
   using acc_t = typename T::acc_t;
   using Product = dynconv::Product<tile_t<T>, false>;
@@ -84,7 +89,8 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocksOf<T, Tile>) conv_kerne
   static_assert(kItems >= 1 && (wide || kMixes <= 2));
 
   unsigned char* const shared = dynamic_shared();
-  auto* const places = reinterpret_cast<Place*>(shared);
+  auto* const out_places = reinterpret_cast<int64_t*>(shared);  // of the rows' first result; -1 where there is no row
+  auto* const places = reinterpret_cast<Place*>(out_places + Tile::kRows);
   auto* const few_mix = reinterpret_cast<acc_t*>(shared + Shared::kPlaces);  // (samples, kFewKernels)
   auto* const biases = few_mix + Tile::kMostSamples * kFewKernels;           // (samples, kResults)
   unsigned char* const sources = reinterpret_cast<unsigned char*>(biases + Tile::kMostSamples * Tile::kResults);
@@ -106,11 +112,10 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocksOf<T, Tile>) conv_kerne
   const int first_sample = wide ? 0 : int(block) * samples;
   const bool transposed = a.gather.transposed != 0;
 
-  // Image, and number of the pixel in each dimension's phase.
-  auto row_of = [&](int m) {
+  for (int m = thread; m < Tile::kRows; m += Tile::kThreads) {
     const int width = a.gather.x.pixels(phase_x);
     const int64_t pixels = int64_t(a.gather.y.pixels(phase_y)) * width;
-    int64_t image, number;
+    int64_t image, number;  // of the pixel in its phase
     if constexpr (wide) {
       image = pixels ? (int64_t(first_row) + m) / pixels : a.batch;
       number = int64_t(first_row) + m - image * pixels;
@@ -118,15 +123,17 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocksOf<T, Tile>) conv_kerne
       image = first_sample + m / a.sample_rows;
       number = first_row + m % a.sample_rows;
     }
-    if (image >= a.batch || number >= pixels) return Place{-1, 0, 0};
-    const int y = int(number / width);
-    return Place{int(image), y, int(number - int64_t(y) * width)};
-  };
-  for (int m = thread; m < Tile::kRows; m += Tile::kThreads) {
-    Place place = row_of(m);
-    place.y = a.gather.y.base(place.y, transposed);
-    place.x = a.gather.x.base(place.x, transposed);
+    Place place{-1, 0, 0};
+    int64_t out_place = -1;
+    if (image < a.batch && number < pixels) {
+      const int y = int(number / width), x = int(number - int64_t(y) * width);
+      place = {int(image), a.gather.y.base(y, transposed), a.gather.x.base(x, transposed)};
+      out_place = image * a.out_stride.batch + a.gather.y.pixel(phase_y, y) * a.out_stride.row +
+                  a.gather.x.pixel(phase_x, x) * a.out_stride.pixel +
+                  (int64_t(g) * a.results + first_result) * a.out_stride.channel;
+    }
     places[m] = place;
+    out_places[m] = out_place;
   }
   const auto* const mix = static_cast<const acc_t*>(a.mix);
   auto mix_of = [&](int sample, int k) {
@@ -302,6 +309,13 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocksOf<T, Tile>) conv_kerne
       for (int i = thread; i < Tile::kResults * kRowChunks; i += Tile::kThreads)
         copy_async_16(kernel_to + chunk_offset(i / kRowChunks, i % kRowChunks), bank_tile(ahead, ahead_kernel) + i * 16);
     }
+    // Before the product: what addresses are made of would live through it.
+    if constexpr (kPrepares && kCopies) {
+      Fetched none;
+      DYNCONV_NO_UNROLL
+      for (int item = thread; item < Tile::kRows * kRowChunks; item += Tile::kThreads)
+        fetch(step, step_tap, slices, item, source_to, &none);
+    }
     [[maybe_unused]] uint4 bits[kMixes][kFewKernels];
     if constexpr (kPrepares && !wide && kFetchesAhead) {
       DYNCONV_UNROLL
@@ -311,7 +325,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocksOf<T, Tile>) conv_kerne
     DYNCONV_NO_UNROLL
     for (int slice = 0; slice < kSlices; ++slice) {
       [[maybe_unused]] Fetched fetched[kItems];
-      if constexpr (kPrepares && kFetchesAhead) {
+      if constexpr (kPrepares && kFetchesAhead && !kCopies) {
         DYNCONV_UNROLL
         for (int i = 0; i < kItems; ++i)
           fetch(step, step_tap, slices, thread + (slice * kItems + i) * Tile::kThreads, source_to, &fetched[i]);
@@ -384,19 +398,14 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocksOf<T, Tile>) conv_kerne
   });
   __syncthreads();
   auto* const out = static_cast<storage_t*>(a.out);
-  auto out_of = [&](const Place& row, int result) {
-    return out + row.image * a.out_stride.batch + a.gather.y.pixel(phase_y, row.y) * a.out_stride.row +
-           a.gather.x.pixel(phase_x, row.x) * a.out_stride.pixel +
-           (int64_t(g) * a.results + result) * a.out_stride.channel;
-  };
   const int unit = a.out_vectors ? V : 1;
   const int units = (last ? Tile::kResults : Tile::kRows) / unit;
   for (int i = thread; i < Tile::kRows * Tile::kResults / unit; i += Tile::kThreads) {
     const int m = last ? i / units : i % units * unit, n = last ? i % units * unit : i / units;
-    const Place row = row_of(m);
-    if (row.image < 0 || first_result + n >= a.results) continue;
+    const int64_t place = out_places[m];
+    if (place < 0 || first_result + n >= a.results) continue;
     const storage_t* const from = tile + (last ? m * Shared::kPitchLast + n : n * Shared::kPitchFirst + m);
-    storage_t* const to = out_of(row, first_result + n);
+    storage_t* const to = out + place + n * a.out_stride.channel;
     if (a.out_vectors) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
     else *to = *from;
   }
@@ -465,6 +474,7 @@ struct Plan {
     const int big_samples = samples_of<Big>(pixels), deep_samples = samples_of<Deep>(pixels);
     if (product.wide) way = wide, samples = 1;
     else if (deep_samples > big_samples && suits<Deep>(product, deep_samples)) way = deep, samples = deep_samples;
+    else if (!kTensorCores) way = big, samples = fitting<Big>(big_samples);
     else if (suits<Big>(product, big_samples)) way = big, samples = big_samples;
     else way = small, samples = fitting<Small>(samples_of<Small>(pixels));
     static_assert(Small::kResults == Big::kResults);
@@ -491,6 +501,7 @@ struct Plan {
   static bool suits(const ConvProduct& p, int samples) {
     const int64_t blocks = ceil_div(p.batch, samples) * ceil_div(p.gather.pixels(), Tile::kRows / samples) *
                            p.gather.phases() * p.groups * ceil_div(p.results, Tile::kResults);
+    if (Tile::kIsLarge && compute_capability() < 90) return false;
     return blocks >= multiprocessors() && fitting<Tile>(samples) == samples &&
            size_t(ConvShared<T, Tile>::bytes(samples)) <= shared_memory_limit();
   }

@@ -258,7 +258,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     case cudaDevAttrMaxSharedMemoryPerBlock: *value = int(max_shared_bytes_by_default); return cudaSuccess;
     case cudaDevAttrWarpSize: *value = warp_size; return cudaSuccess;
     case cudaDevAttrMultiProcessorCount: *value = num_multiprocessors(); return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMajor: *value = 8; return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor: *value = 9; return cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor: *value = 0; return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(max_shared_bytes()); return cudaSuccess;
   }

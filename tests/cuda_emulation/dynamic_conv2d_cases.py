@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import dynamic_cases
 import op_checks
 import operators
 from dynamic_cases import DYNAMIC_CASES, DynamicCase
@@ -196,6 +197,29 @@ def check(case: DynamicCase, precision: str, channels_last: bool, **options) -> 
 @pytest.mark.parametrize(("case", "precision", "channels_last"), list(combinations()))
 def test_matches_reference(case, precision, channels_last):
     check(case, precision, channels_last)
+
+
+@pytest.mark.parametrize("way", dynamic_cases.CUDA_WAYS)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_every_way_gives_the_same(monkeypatch, way, precision):
+    monkeypatch.setenv("DYNCONV_DYNAMIC_CONV2D_CUDA", way)
+    check(dynamic_cases.ANY_WAY, precision, channels_last=precision == "bfloat16")
+
+
+def test_a_way_that_does_not_exist_is_refused(monkeypatch):
+    monkeypatch.setenv("DYNCONV_DYNAMIC_CONV2D_CUDA", "samples")
+    with pytest.raises(RuntimeError, match="DYNCONV_DYNAMIC_CONV2D_CUDA: got samples, expected direct, mixed_first, "):
+        check(dynamic_cases.ANY_WAY, "float32", channels_last=False)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
+@pytest.mark.parametrize("shared_bytes", [227 * 1024, 99 * 1024], ids=["9.0", "8.9"])
+@pytest.mark.parametrize("name", ["samples_share_a_block", "samples_share_a_large_tile", "large_tiles"])
+def test_tiles_that_fit_the_device(monkeypatch, name, shared_bytes, precision):
+    # One multiprocessor has work enough for large tiles.
+    monkeypatch.setenv("DYNCONV_EMULATION_MULTIPROCESSORS", "1")
+    monkeypatch.setenv("DYNCONV_EMULATION_SHARED_BYTES", str(shared_bytes))
+    check(_cases[name], precision, channels_last=precision == "bfloat16")
 
 
 @pytest.mark.parametrize("name", ["over_the_bank", "depthwise_chunks"])

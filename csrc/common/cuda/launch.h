@@ -36,6 +36,16 @@ inline size_t shared_memory_limit() {
   return size_t(bytes);
 }
 
+// Of the current device: 90 is 9.0.
+inline int compute_capability() {
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess)
+    return 0;
+  return 10 * major + minor;
+}
+
 // Multiprocessors of the current device.
 inline int multiprocessors() {
   int device = 0, count = 0;
