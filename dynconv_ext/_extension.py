@@ -55,14 +55,9 @@ def require() -> ModuleType:
 
 
 def no_cuda(operator: str) -> Callable[..., NoReturn]:
-    """What stands in for the CUDA kernel of an operator that has none here: raises, saying why and what mends it."""
+    """What stands in for an operator's CUDA kernel where the CUDA library is not loaded: raises, saying why and what mends it."""
 
     def unavailable(*args: Any) -> NoReturn:
-        if _cuda is not None:
-            raise NotImplementedError(
-                f"{operator}: got CUDA tensors, but this version has no CUDA kernels for it: move them to the CPU, "
-                f"or use dynconv_ext.reference.{operator.removesuffix('_backward')}"
-            )
         info = require().build_info()
         raise ImportError(
             f"{operator}: got CUDA tensors, but dynconv_ext._cuda, the compiled library of CUDA kernels, "

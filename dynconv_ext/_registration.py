@@ -109,7 +109,7 @@ def register_operator(
 ) -> None:
     """Gives an operator its fake kernel, and its autograd Function as autograd formula.
 
-    Without a CUDA kernel it gets one that raises a readable error in place of the dispatcher's.
+    Without the CUDA library it gets a CUDA kernel that raises a readable error in place of the dispatcher's.
     """
     qualified = f"dynconv_ext::{name}"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA"):
