@@ -3,45 +3,27 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 import op_checks
 from dynconv_ext import DeformableConv2d, deform_conv2d, reference
+from emulated import run_emulated
 from op_cases import DEFORM_CASES, TOLERANCE, TOLERANCE_TF32, DeformCase, case_id, relative_error
 
-EMULATION = Path(__file__).parent / "cuda_emulation"
 CASES = {case.name: case for case in DEFORM_CASES}
 
 # -------------------------------------------------------------------------------------------------------- emulation
 
 
-def run_emulated(monkeypatch, mode: str, *options: str) -> None:
-    """Runs the emulated cases in a process of their own, under the mode's sanitizers."""
-    monkeypatch.syspath_prepend(str(EMULATION))
-    import build
-    import operators
-
-    path = os.pathsep.join([str(EMULATION), str(EMULATION.parent), os.environ.get("PYTHONPATH", "")])
-    monkeypatch.setenv("PYTHONPATH", path)
-    monkeypatch.setenv("DYNCONV_EMULATED_OPERATORS", str(operators.build_operators(mode)))
-    cases = EMULATION / "deform_conv2d_cases.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options, cases]
-    result = build.run(command, mode, timeout=3000)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-8000:]
-
-
 def test_kernels_under_address_and_undefined_sanitizer(monkeypatch):
-    run_emulated(monkeypatch, "address")
+    run_emulated(monkeypatch, "deform_conv2d_cases.py", "address")
 
 
 def test_kernels_have_no_races(monkeypatch):
-    run_emulated(monkeypatch, "thread", "-k", "races")
+    run_emulated(monkeypatch, "deform_conv2d_cases.py", "thread", "-k", "races")
 
 
 # ------------------------------------------------------------------------------------------------------------- GPU
