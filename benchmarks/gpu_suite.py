@@ -53,7 +53,10 @@ OURS = ("ours", "ours_channels_last")
 
 @dataclass(frozen=True)
 class Case:
-    """A shape; kernel 3, padding 1; deform_conv2d with a mask and one offset group, dynamic_conv2d with 4 kernels."""
+    """A shape; kernel 3, padding 1; deform_conv2d with a mask and one offset group, dynamic_conv2d with 4 kernels.
+
+    groups are deform_conv2d's alone.
+    """
 
     op: str
     name: str
@@ -63,13 +66,14 @@ class Case:
     width: int
     out_channels: int
     dtypes: tuple[str, ...] = ("bfloat16", "float32-tf32", "float32", "float16")
+    groups: int = 1
 
     @property
     def text(self) -> str:
         return f"{self.name} {self.batch}x{self.channels}x{self.height}x{self.width}-{self.out_channels}"
 
     def flops(self, direction: str) -> float:
-        once = 2.0 * self.batch * self.height * self.width * self.out_channels * self.channels * 9
+        once = 2.0 * self.batch * self.height * self.width * self.out_channels * self.channels / self.groups * 9
         return once * (1 if direction == "forward" else 3)
 
     def bytes_moved(self, direction: str, dtype: str) -> float:
@@ -77,7 +81,7 @@ class Case:
         size, wide = TORCH_DTYPE[dtype].itemsize, 8 if dtype == "float64" else 4
         pixels = self.batch * self.height * self.width
         kernels = bench_dynamic.KERNELS if self.op == "dynamic_conv2d" else 1
-        inputs = size * (pixels * self.channels + kernels * self.out_channels * self.channels * 9)
+        inputs = size * (pixels * self.channels + kernels * self.out_channels * self.channels / self.groups * 9)
         inputs += wide * (27 * pixels if self.op == "deform_conv2d" else self.batch * kernels)
         output = size * pixels * self.out_channels
         return inputs + output + (0 if direction == "forward" else output + 2 * inputs)
@@ -87,6 +91,7 @@ CASES = [
     Case("deform_conv2d", "A", 64, 64, 31, 31, 128),
     Case("deform_conv2d", "B", 16, 256, 56, 56, 256),
     Case("deform_conv2d", "C", 2, 256, 200, 304, 256),
+    Case("deform_conv2d", "depthwise", 16, 256, 56, 56, 256, ("bfloat16", "float32"), 256),
     Case("deform_conv2d", "small", 4, 32, 17, 17, 32, ("float64",)),
     Case("dynamic_conv2d", "stem", 64, 3, 124, 124, 64, ("bfloat16", "float32-tf32")),
     Case("dynamic_conv2d", "stage 1", 64, 64, 62, 62, 64, ("bfloat16", "float32-tf32")),
@@ -156,11 +161,12 @@ def deform_values(case: Case, kind: torch.dtype, device: Device, seed: int) -> l
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random, device=device.name)
 
+    channels = case.channels // case.groups
     wide_kind = torch.float64 if kind == torch.float64 else torch.float32
     return [
         normal(case.batch, case.channels, *pixels).to(kind),
         normal(case.batch, 18, *pixels).to(wide_kind),
-        (normal(case.out_channels, case.channels, 3, 3) / (9 * case.channels) ** 0.5).to(kind),
+        (normal(case.out_channels, channels, 3, 3) / (9 * channels) ** 0.5).to(kind),
         normal(case.out_channels).to(kind),
         torch.rand(case.batch, 9, *pixels, generator=random, device=device.name).to(wide_kind),
         normal(case.batch, case.out_channels, *pixels).to(kind),
