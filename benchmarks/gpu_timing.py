@@ -96,7 +96,8 @@ class Device:
         if not graphs:
             return one_by_one, "events", len(runs)
         # A replay of at least a millisecond: launching it takes some microseconds.
-        times = min(max(1, math.ceil(1.0 / max(self.time_ms(one_by_one), 1e-3))), 16)
+        once = min(self.time_ms(one_by_one) for _ in range(2))
+        times = min(max(1, math.ceil(1.0 / max(once, 1e-3))), 16)
         try:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):

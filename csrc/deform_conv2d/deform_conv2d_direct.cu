@@ -279,7 +279,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<storage_t>)
   const int last = ((d + 1) * s.offset_channels - 1) / s.group_channels;
   const SampleSource<acc_t> source{{a.offset, a.offset_type}, {a.mask, a.offset_type}};
   const auto* const input = static_cast<const storage_t*>(a.input);
-  auto* const grad_input = static_cast<acc_t*>(a.grad_input);
+  // Addresses are counted from something that is there, in global memory, even if nothing is added.
+  auto* const sums = static_cast<acc_t*>(a.grad_input != nullptr ? a.grad_input : const_cast<void*>(a.grad_out));
   const int64_t group_step = int64_t(s.columns) * s.group_channels * a.input_stride.channel;
   const bool wants_dots = a.grad_offset != nullptr || a.grad_mask != nullptr;
   if (thread < s.pixels) pixels[thread] = Pixel(a.geometry, first_row + thread, a.rows);
@@ -316,11 +317,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<storage_t>)
         const acc_t mask = extras[tap * s.pixels + pixel].mask;
         const int64_t first_channel = int64_t(first_group + column) * s.group_channels;
         CornerPointers<const storage_t> corners(input + first_channel * a.input_stride.channel, a.input_stride, sample);
-        int64_t target = first_channel * a.input_stride.channel + sample.offset;
+        CornerPointers<acc_t> targets(sums + first_channel * a.input_stride.channel, a.input_stride, sample);
         const acc_t* const tap_weights = weights + tap * s.group_channels * kSums * s.columns + column;
+        const int adds = a.grad_input != nullptr ? sample.inside : 0;
         acc_t dot[4] = {};
         DYNCONV_UNROLL
-        for (int u = 0; u < kGroups; ++u, corners.advance(group_step), target += group_step) {
+        for (int u = 0; u < kGroups; ++u, corners.advance(group_step), targets.advance(group_step)) {
           if (u >= own_groups) continue;
           const int g = first_group + u * s.columns + column;
           const int begin = kOutputs == 1 ? 0 : s.begin(g, d), end = kOutputs == 1 ? 1 : s.end(g, d);
@@ -337,13 +339,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<storage_t>)
               for (int i = 0; i < 4; ++i) dot[i] += gradient * v[i];
             }
             gradient *= mask;
-            if (grad_input != nullptr) {
-              DYNCONV_UNROLL
-              for (int i = 0; i < 4; ++i)
-                if (sample.inside >> i & 1)
-                  add_global(grad_input + target + channel + corner_offset(a.input_stride, i),
-                             sample.weight[i] * gradient);
-            }
+            DYNCONV_UNROLL
+            for (int i = 0; i < 4; ++i)
+              if (adds >> i & 1) add_global(targets.at[i] + channel, sample.weight[i] * gradient);
             if (a.grad_columns != nullptr && place.image >= 0) {
               const int64_t row = first_row + pixel - a.first_row, channels = int64_t(s.groups) * s.group_channels;
               static_cast<acc_t*>(a.grad_columns)[(row * a.geometry.taps + first_tap + tap) * channels +
