@@ -84,7 +84,7 @@ def peer(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) 
 
 
 def plain(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
-    return nn.functional.conv2d(x, weight, bias, padding=1)
+    return nn.functional.conv2d(x, weight, bias, padding=1, groups=x.shape[1] // weight.shape[1])
 
 
 def slow(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:

@@ -50,14 +50,34 @@ def network(name: str, layer: type[nn.Module] | None = None, image_size: int = S
     return model.train()
 
 
+def to_channels_last(model: nn.Module) -> nn.Module:
+    """The model, its convolutions' weights in this layout; banks of kernels, which Module.to refuses, as they are."""
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return model
+
+
 def step(
-    model: nn.Module, dtype: str, device: str = "cpu", batch: int = BATCH, image_size: int = SIZE
+    model: nn.Module,
+    dtype: str,
+    device: str = "cpu",
+    batch: int = BATCH,
+    image_size: int = SIZE,
+    channels_last: bool = False,
+    capturable: bool = False,
 ) -> Callable[[], Any]:
-    """One training step, as the studies do it: autocast where it is bfloat16, fused Adam."""
+    """One training step, as the studies do it: autocast where it is bfloat16, fused Adam.
+
+    capturable: into a CUDA graph.
+    """
     torch.manual_seed(1)
     images = torch.rand(batch, 3, image_size, image_size, device=device)
     labels = torch.randint(50, (batch,), device=device)
-    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    if channels_last:
+        to_channels_last(model)
+        images = images.contiguous(memory_format=torch.channels_last)
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True, capturable=capturable)
 
     def run() -> None:
         optimiser.zero_grad()

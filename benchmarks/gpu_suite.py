@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Measures the operators on a GPU beside their peers; what benchmarks/gpu_suite.sh runs after building and testing.
 
-    python benchmarks/gpu_suite.py OUTDIR [--seconds 240]    ceilings, training steps, races; writes the results
-    python benchmarks/gpu_suite.py OUTDIR --check small      values and gradients of geometries of tests/op_cases.py
+    python benchmarks/gpu_suite.py OUTDIR [--seconds 240]    ceilings, networks, races; writes the results
+    python benchmarks/gpu_suite.py OUTDIR --check deform:small,dynamic:small
+                     values and gradients of geometries of tests/op_cases.py and tests/dynamic_cases.py
 
 OUTDIR/results.json is a list of {op, case, dtype, direction, ours_ms, peer, peer_ms, ratio, ours_peak_mb,
 peer_peak_mb}, ratio = peer_ms / ours_ms; beside these layout (of ours), floor_ms (bytes and operations over the
 measured ceilings), bound (which of the two), timing (graph: replays of a captured CUDA graph; events: calls one by one)
-and runs. An operator without CUDA kernels has null for ours. The rest, errors too, is in suite.json; table.md and
-chart.png show both.
+and runs. peak_mb: the most memory allocated during a run above what it was given and what its results (output, and
+gradients where there is a backward) hold; for networks, above parameters, optimiser state and gradients. An operator
+without CUDA kernels has null for ours. The rest, errors too, is in suite.json; table.md and chart.png show both.
 
 Times are medians; contenders take turns in a random order, their inputs rotate among sets that together are twice the
-L2, and all data is random. ``--device cpu --smoke`` runs the same on tiny shapes without a GPU.
+L2, and all data is random. ``--device cpu --smoke`` runs the same on tiny shapes without a GPU. After an error that
+leaves the process without its GPU the suite goes on in a new one (--resume), without the race that did it.
 """
 
 from __future__ import annotations
@@ -20,12 +23,10 @@ import argparse
 import contextlib
 import gc
 import json
-import math
-import random
-import statistics
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,24 +41,22 @@ for folder in (HERE, HERE.parent, HERE.parent / "python", HERE.parent / "tests")
 
 import bench_deform_conv2d as bench_deform  # noqa: E402
 import bench_dynamic_conv2d as bench_dynamic  # noqa: E402
-import bench_end_to_end as bench_network  # noqa: E402
 import dynconv_ext  # noqa: E402
+import gpu_networks as networks  # noqa: E402
+from gpu_check import check  # noqa: E402
+from gpu_timing import TORCH_DTYPE, Device, Run, Timing, first_line, precision  # noqa: E402
 from timed import DIRECTIONS  # noqa: E402
 
-TORCH_DTYPE = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "float32-tf32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+OPERATORS = ("deform_conv2d", "dynamic_conv2d")
 OURS = ("ours", "ours_channels_last")
-Run = Callable[[], Any]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A shape; kernel 3, padding 1; deform_conv2d with a mask and one offset group, dynamic_conv2d with 4 kernels."""
+    """A shape; kernel 3, padding 1; deform_conv2d with a mask and one offset group, dynamic_conv2d with 4 kernels.
+
+    groups are deform_conv2d's alone.
+    """
 
     op: str
     name: str
@@ -67,13 +66,14 @@ class Case:
     width: int
     out_channels: int
     dtypes: tuple[str, ...] = ("bfloat16", "float32-tf32", "float32", "float16")
+    groups: int = 1
 
     @property
     def text(self) -> str:
         return f"{self.name} {self.batch}x{self.channels}x{self.height}x{self.width}-{self.out_channels}"
 
     def flops(self, direction: str) -> float:
-        once = 2.0 * self.batch * self.height * self.width * self.out_channels * self.channels * 9
+        once = 2.0 * self.batch * self.height * self.width * self.out_channels * self.channels / self.groups * 9
         return once * (1 if direction == "forward" else 3)
 
     def bytes_moved(self, direction: str, dtype: str) -> float:
@@ -81,7 +81,7 @@ class Case:
         size, wide = TORCH_DTYPE[dtype].itemsize, 8 if dtype == "float64" else 4
         pixels = self.batch * self.height * self.width
         kernels = bench_dynamic.KERNELS if self.op == "dynamic_conv2d" else 1
-        inputs = size * (pixels * self.channels + kernels * self.out_channels * self.channels * 9)
+        inputs = size * (pixels * self.channels + kernels * self.out_channels * self.channels / self.groups * 9)
         inputs += wide * (27 * pixels if self.op == "deform_conv2d" else self.batch * kernels)
         output = size * pixels * self.out_channels
         return inputs + output + (0 if direction == "forward" else output + 2 * inputs)
@@ -91,6 +91,7 @@ CASES = [
     Case("deform_conv2d", "A", 64, 64, 31, 31, 128),
     Case("deform_conv2d", "B", 16, 256, 56, 56, 256),
     Case("deform_conv2d", "C", 2, 256, 200, 304, 256),
+    Case("deform_conv2d", "depthwise", 16, 256, 56, 56, 256, ("bfloat16", "float32"), 256),
     Case("deform_conv2d", "small", 4, 32, 17, 17, 32, ("float64",)),
     Case("dynamic_conv2d", "stem", 64, 3, 124, 124, 64, ("bfloat16", "float32-tf32")),
     Case("dynamic_conv2d", "stage 1", 64, 64, 62, 62, 64, ("bfloat16", "float32-tf32")),
@@ -103,139 +104,6 @@ SMOKE_CASES = [
     Case("deform_conv2d", "tiny", 2, 4, 5, 6, 4, tuple(TORCH_DTYPE)),
     Case("dynamic_conv2d", "tiny", 2, 4, 5, 6, 4, tuple(TORCH_DTYPE)),
 ]
-
-
-@contextlib.contextmanager
-def precision(dtype: str) -> Iterator[None]:
-    """torch's settings for float32: products in TF32 for float32-tf32, exact otherwise."""
-    matmul, conv = torch.get_float32_matmul_precision(), torch.backends.cudnn.conv.fp32_precision
-    torch.set_float32_matmul_precision("high" if dtype == "float32-tf32" else "highest")
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if dtype == "float32-tf32" else "ieee"
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.conv.fp32_precision = conv
-
-
-# --------------------------------------------------------------------------------------------------------------- timing
-
-
-@dataclass
-class Timing:
-    """Of one contender, a run."""
-
-    ms: float
-    peak_mb: float | None
-    timing: str
-    runs: int
-
-
-class Device:
-    """Where and how to measure: CUDA events and graphs, or a host clock on the CPU."""
-
-    def __init__(self, name: str, smoke: bool) -> None:
-        self.name, self.smoke, self.cuda = name, smoke, name == "cuda"
-        self.l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size if self.cuda else 0
-
-    def synchronize(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
-
-    def sets(self, bytes_of_one: float) -> int:
-        """How many sets of inputs together are twice the L2."""
-        return min(max(2, math.ceil(2 * self.l2_bytes / max(bytes_of_one, 1))), 16)
-
-    def prepare(self, runs: Sequence[Run], graphs: bool) -> tuple[Run, str]:
-        """Warms up; the function that does all runs once, and how it does them."""
-
-        def one_by_one() -> None:
-            for run in runs:
-                run()
-
-        if not self.cuda:
-            one_by_one()
-            return one_by_one, "host clock"
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                one_by_one()
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        if not graphs:
-            return one_by_one, "events"
-        try:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                one_by_one()
-            graph.replay()
-            torch.cuda.synchronize()
-            return graph.replay, "graph"
-        except RuntimeError:
-            torch.cuda.synchronize()
-            return one_by_one, "events"
-
-    def peak_mb(self, run: Run) -> float | None:
-        """Memory that a run needs above what is allocated, its results included."""
-        if not self.cuda:
-            return None
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        kept = run()
-        torch.cuda.synchronize()
-        del kept
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-
-    def time_ms(self, run: Run) -> float:
-        if not self.cuda:
-            before = time.perf_counter()
-            run()
-            return (time.perf_counter() - before) * 1e3
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-
-    def race(
-        self, contenders: dict[str, Sequence[Run]], seconds: float, graphs: bool = True
-    ) -> tuple[dict[str, Timing], dict[str, str]]:
-        """Median times of contenders that take turns in a random order; and the errors of those that failed.
-
-        A contender is the same work on several sets of inputs; its time is that of one set.
-        """
-        prepared: dict[str, tuple[Run, str, int, float | None]] = {}
-        errors: dict[str, str] = {}
-        for name, runs in contenders.items():
-            try:
-                runs[0]()
-                peak = self.peak_mb(runs[-1])
-                prepared[name] = (*self.prepare(runs, graphs), len(runs), peak)
-            except Exception as error:  # one contender's failure is a result, too
-                errors[name] = f"{type(error).__name__}: {error}".split("\n")[0][:500]
-        times: dict[str, list[float]] = {name: [] for name in prepared}
-        shuffle = random.Random(0)
-        gc.collect()
-        gc.disable()
-        try:
-            start, rounds = time.perf_counter(), 0
-            while rounds < (1 if self.smoke else 5) or (
-                not self.smoke and rounds < 300 and time.perf_counter() - start < seconds
-            ):
-                for name in shuffle.sample(list(prepared), len(prepared)):
-                    run, _, sets, _ = prepared[name]
-                    times[name].append(self.time_ms(run) / sets)
-                rounds += 1
-        finally:
-            gc.enable()
-        found = {
-            name: Timing(statistics.median(times[name]), peak, timing, rounds * sets)
-            for name, (_, timing, sets, peak) in prepared.items()
-        }
-        return found, errors
 
 
 def ceilings(device: Device) -> dict[str, float]:
@@ -293,11 +161,12 @@ def deform_values(case: Case, kind: torch.dtype, device: Device, seed: int) -> l
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random, device=device.name)
 
+    channels = case.channels // case.groups
     wide_kind = torch.float64 if kind == torch.float64 else torch.float32
     return [
         normal(case.batch, case.channels, *pixels).to(kind),
         normal(case.batch, 18, *pixels).to(wide_kind),
-        (normal(case.out_channels, case.channels, 3, 3) / (9 * case.channels) ** 0.5).to(kind),
+        (normal(case.out_channels, channels, 3, 3) / (9 * channels) ** 0.5).to(kind),
         normal(case.out_channels).to(kind),
         torch.rand(case.batch, 9, *pixels, generator=random, device=device.name).to(wide_kind),
         normal(case.batch, case.out_channels, *pixels).to(kind),
@@ -360,22 +229,6 @@ def contenders(case: Case, dtype: str, direction: str, device: Device, with_ours
     }
 
 
-def network_steps(dtype: str, device: Device, with_ours: bool) -> tuple[str, dict[str, Sequence[Run]]]:
-    """The case's text, and training steps of task2_published with ours and torchvision's operator, and of resnet34."""
-    batch, size = (2, 32) if device.smoke else (64, 124)
-    layers = {
-        "ours": ("task2_published", None),
-        "torchvision": ("task2_published", bench_network.WithTorchvision),
-        "resnet34": ("resnet34", None),
-    }
-    steps: dict[str, Sequence[Run]] = {}
-    for name, (model, layer) in layers.items():
-        if with_ours or name != "ours":
-            found = bench_network.network(model, layer, size).to(device.name)
-            steps[name] = [bench_network.step(found, dtype, device.name, batch, size)]
-    return f"training step {batch}x3x{size}x{size}", steps
-
-
 # ---------------------------------------------------------------------------------------------------------------- suite
 
 
@@ -400,9 +253,10 @@ class Suite:
         for peer in times:
             if peer in OURS:
                 continue
-            # A peer that has a layout is raced against ours in the same; the others against ours in both.
+            # A peer that runs in both layouts is raced against ours in the same; the others against ours in both.
             rivals = ["ours_channels_last"] if peer.endswith("_channels_last") else ["ours"]
-            if peer not in ("conv2d", "conv2d_channels_last") and "ours_channels_last" in times:
+            both = peer.endswith("_channels_last") or f"{peer}_channels_last" in times
+            if not both and "ours_channels_last" in times:
                 rivals = list(OURS)
             for rival in rivals:
                 ours = times.get(rival)
@@ -426,9 +280,14 @@ class Suite:
         self.save()
 
     def fail(self, error: Exception | str, **info: str) -> None:
-        text = error if isinstance(error, str) else f"{type(error).__name__}: {error}".split("\n")[0][:500]
-        self.errors.append({**info, "contender": "", "error": text})
+        self.errors.append({**info, "contender": "", "error": error if isinstance(error, str) else first_line(error)})
         self.save()
+
+    def load(self) -> None:
+        """What an earlier process saved in the folder."""
+        rest = json.loads((self.folder / "suite.json").read_text())
+        self.rows = json.loads((self.folder / "results.json").read_text())
+        self.ceilings, self.errors = rest["ceilings"], rest["errors"]
 
     def save(self) -> None:
         """results.json, suite.json and table.md."""
@@ -453,7 +312,7 @@ def markdown(
     lines = [
         "Milliseconds, medians of interleaved runs; in brackets a peer's time over ours: above 1, ours is faster. The",
         "floor is the larger of bytes over the copy bandwidth and operations over the rate of matrix products, both",
-        "measured in the same run. MB: memory needed above what was allocated, results included.",
+        "measured in the same run. MB: the most memory allocated above inputs and results (output, gradients).",
         "",
         ", ".join(f"{key} {value}" for key, value in environment.items()) + ".",
         "Ceilings: " + ", ".join(f"{key} {value:.4g}" for key, value in ceilings.items()) + ".",
@@ -524,7 +383,7 @@ def has_kernels(op: str, device: Device) -> str:
             bench_dynamic.ours(*dynamic_values(case, torch.float32, device, 0)[:-1])
         device.synchronize()
     except Exception as error:
-        return f"{type(error).__name__}: {error}".split("\n")[0][:500]
+        return first_line(error)
     return ""
 
 
@@ -539,55 +398,111 @@ def environment(device: Device) -> dict[str, Any]:
     return found
 
 
-def measure(suite: Suite, seconds: float) -> None:
+@dataclass(frozen=True)
+class Race:
+    info: dict[str, str]  # op, case, dtype, direction
+    entrants: Callable[[], dict[str, Sequence[Run]]]
+    case: Case | None = None
+    graphs: bool = True
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return tuple(self.info.values())
+
+
+def races(device: Device, missing: dict[str, str]) -> list[Race]:
+    """What is measured, the most important first. missing: why an operator has no kernels, "" if it has."""
+    # A GPU is not wasted on an operator's peers while another operator has kernels to measure.
+    ops = [op for op, why in missing.items() if not why] or list(missing)
+    cases = [case for case in (SMOKE_CASES if device.smoke else CASES) if case.op in ops]
+
+    def operators(*dtypes: str) -> list[Race]:
+        return [
+            Race(
+                {"op": case.op, "case": case.text, "dtype": dtype, "direction": direction},
+                lambda case=case, dtype=dtype, direction=direction: contenders(
+                    case, dtype, direction, device, not missing[case.op]
+                ),
+                case,
+            )
+            for dtype in dtypes
+            for case in cases
+            if dtype in case.dtypes
+            for direction in DIRECTIONS
+        ]
+
+    def network(model: networks.Network, dtype: str, direction: str, graph: bool = False) -> list[Race]:
+        if model.operator not in ops:
+            return []
+        text = model.text(direction, device) + (", CUDA graph" if graph else "")
+        return [
+            Race(
+                {"op": model.name, "case": text, "dtype": dtype, "direction": direction},
+                lambda: model.contenders(dtype, direction, device, not missing[model.operator], graph),
+                graphs=graph or direction == "forward",
+            )
+        ]
+
+    step = "forward+backward"
+    return [
+        *network(networks.TASK2, "bfloat16", step),
+        *network(networks.DYNAMIC, "bfloat16", step),
+        *operators("bfloat16", "float32-tf32"),
+        *network(networks.TASK2, "float32-tf32", step),
+        *([] if device.smoke else network(networks.DYNAMIC, "float32-tf32", step)),
+        *network(networks.CONDCONV, "bfloat16", step),
+        *network(networks.CONDCONV, "bfloat16", "forward"),
+        *operators("float32", "float16", "float64"),
+        # Small kernels wait for their launches: a graph shows what the device needs.
+        *(network(networks.TASK2, "bfloat16", step, graph=True) if device.cuda else []),
+        *(network(networks.DYNAMIC, "bfloat16", step, graph=True) if device.cuda else []),
+    ]
+
+
+def measure(suite: Suite, seconds: float) -> float:
+    """Measures what is not yet in the suite; 0, or the seconds that were left when the device was lost."""
     device = suite.device
     begin = time.perf_counter()
     deadline = begin + seconds
-    cases = SMOKE_CASES if device.smoke else CASES
-    missing = {op: has_kernels(op, device) for op in dict.fromkeys(case.op for case in cases)}
-    for op, why in missing.items():
-        if why:
-            suite.fail(why, op=op)
-    # A GPU is not wasted on an operator's peers while another operator has kernels to measure.
-    ops = [op for op, why in missing.items() if not why] or list(missing)
-    try:
-        suite.ceilings.update(ceilings(device))
-    except Exception as error:
-        suite.fail(error, op="ceilings")
-    for dtype in ("bfloat16", "float32-tf32", "float32") if "deform_conv2d" in ops else ():
-        info = {"op": "task2_published", "dtype": dtype, "direction": "forward+backward"}
+    done = {tuple(e.get(key, "") for key in ("op", "case", "dtype", "direction")) for e in suite.rows + suite.errors}
+    missing = {e["op"]: e["error"] for e in suite.errors if e["op"] in OPERATORS and "case" not in e}
+    for op in OPERATORS:
+        if op in missing:
+            continue
+        missing[op] = has_kernels(op, device)
+        if missing[op]:
+            suite.fail(missing[op], op=op)
+            if not device.alive():
+                return seconds
+    if not suite.ceilings:
         try:
-            with precision(dtype):
-                text, steps = network_steps(dtype, device, not missing["deform_conv2d"])
-                times, errors = device.race(steps, min(4.0, seconds / 30), graphs=False)
-            suite.add({"op": info["op"], "case": text, **info}, times, errors)
+            suite.ceilings.update(ceilings(device))
         except Exception as error:
-            suite.fail(error, **info)
-    dtypes = list(dict.fromkeys(dtype for case in cases for dtype in case.dtypes))
-    races = [
-        (case, dtype, direction)
-        for dtype in dtypes
-        for case in cases
-        if case.op in ops and dtype in case.dtypes
-        for direction in DIRECTIONS
-    ]
-    for i, (case, dtype, direction) in enumerate(races):
-        info = {"op": case.op, "case": case.text, "dtype": dtype, "direction": direction}
+            suite.fail(error, op="ceilings")
+    todo = [race for race in races(device, missing) if race.key not in done]
+    if not networks.has_timm():
+        todo = [race for race in todo if race.info["op"] != networks.CONDCONV.name]
+        suite.fail("not measured: timm is not installed", op=networks.CONDCONV.name)
+    for i, race in enumerate(todo):
         left = deadline - time.perf_counter()
         if left < 0:
-            suite.fail(f"not measured: the {seconds:.0f} s were over", **info)
+            suite.fail(f"not measured: the {seconds:.0f} s were over", **race.info)
             continue
+        dtype, direction = race.info["dtype"], race.info["direction"]
         try:
             with precision(dtype):
-                entrants = contenders(case, dtype, direction, device, not missing[case.op])
                 # About half of a race goes into warming up and capturing.
-                times, errors = device.race(entrants, min(3.0, left / (len(races) - i) / 2))
-            suite.add(info, times, errors, floor(case, dtype, direction, suite.ceilings))
-            print(f"{time.perf_counter() - begin:6.1f} s  " + "  ".join(info.values()), flush=True)
+                limit = min(3.0, left / (len(todo) - i) / 2)
+                times, errors = device.race(race.entrants(), limit, race.graphs)
+            least = floor(race.case, dtype, direction, suite.ceilings) if race.case else (None, None)
+            suite.add(race.info, times, errors, least)
+            print(f"{time.perf_counter() - begin:6.1f} s  " + "  ".join(race.info.values()), flush=True)
         except Exception as error:
-            suite.fail(error, **info)
-        entrants = {}
+            suite.fail(error, **race.info)
         gc.collect()
+        if not device.alive():
+            suite.fail("the process lost its GPU", **race.info)
+            return max(deadline - time.perf_counter(), 1.0)
         if device.cuda:
             torch.cuda.empty_cache()
     suite.save()
@@ -595,44 +510,7 @@ def measure(suite: Suite, seconds: float) -> None:
         chart(suite.rows, suite.folder / "chart.png")
     except Exception as error:
         suite.fail(error, op="chart")
-
-
-def check(names: Sequence[str], device: Device) -> list[str]:
-    """Compares values and gradients on the device with the reference in float64; returns what is wrong."""
-    from op_cases import DEFORM_CASES, TOLERANCE, TOLERANCE_TF32, relative_error
-
-    wrong = []
-    cases = [case for case in DEFORM_CASES if case.name in names]
-    if len(cases) < len(set(names)):
-        raise SystemExit(
-            f"--check: got {', '.join(names)}, expected names of {', '.join(c.name for c in DEFORM_CASES)}"
-        )
-    for case in cases:
-        for dtype, kind in TORCH_DTYPE.items():
-            for layout in (False, True):
-                label = f"deform_conv2d {case.name} {dtype} {'channels_last' if layout else 'contiguous'}"
-                here = case.tensors(kind, layout, torch.float64 if kind == torch.float64 else torch.float32)
-                exact = [None if t is None else t.detach().double().requires_grad_() for t in here]
-                with precision(dtype):
-                    moved = [None if t is None else t.detach().to(device.name).requires_grad_() for t in here]
-                    x, offset, weight, bias, mask = moved
-                    out = dynconv_ext.deform_conv2d(x, offset, weight, bias, *case.geometry, mask=mask)
-                    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(kind)
-                    out.backward(grad.to(device.name))
-                device.synchronize()
-                x, offset, weight, bias, mask = exact
-                expected = dynconv_ext.reference.deform_conv2d(x, offset, weight, bias, *case.geometry, mask=mask)
-                expected.backward(grad.double())
-                tolerance = TOLERANCE_TF32 if dtype == "float32-tf32" else TOLERANCE[kind]
-                pairs = [("out", out, expected)]
-                named = zip(("input", "offset", "weight", "bias", "mask"), moved, exact, strict=True)
-                pairs += [(f"grad_{name}", a.grad, b.grad) for name, a, b in named if a is not None]
-                for name, a, b in pairs:
-                    error = relative_error(a.detach().cpu(), b.detach())
-                    if not error <= tolerance:
-                        wrong.append(f"{label}: {name} is off by {error:.2e}, allowed {tolerance:.0e}")
-                print(label, flush=True)
-    return wrong
+    return 0.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -641,7 +519,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, a round each: shows that it runs")
     parser.add_argument("--seconds", type=float, default=240.0, help="time for everything (240)")
-    parser.add_argument("--check", help="no timing: compare these geometries (comma-separated) with the reference")
+    parser.add_argument(
+        "--check", help="no timing: compare these geometries (deform:NAME,dynamic:NAME) with the reference"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the results in the folder")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("gpu_suite: torch sees no GPU (--device cpu --smoke runs without one)")
@@ -652,7 +533,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1 if wrong else 0
     torch.backends.cudnn.benchmark = True
     suite = Suite(options.folder, device, environment(device))
-    measure(suite, options.seconds)
+    if options.resume:
+        suite.load()
+    # What was imported need not be looked through at each of the collections to come.
+    gc.freeze()
+    try:
+        left = measure(suite, options.seconds)
+    finally:
+        gc.unfreeze()
+    if left:
+        # Only a new process gets a GPU back; it takes this one's place.
+        again = [str(options.folder), "--device", options.device, "--seconds", str(left), "--resume"]
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, __file__, *again, *(["--smoke"] if options.smoke else [])])
     print((options.folder / "table.md").read_text())
     return 0 if suite.rows else 1
 

@@ -23,14 +23,19 @@ def forward(function: Callable[..., Tensor], values: list[Tensor]) -> Callable[[
 
 
 def forward_backward(function: Callable[..., Tensor], values: list[Tensor]) -> Callable[[], Any]:
-    """The same with the gradients of all its arguments; the last value goes into the backward."""
+    """The same with the gradients of all its arguments; the last value goes into the backward.
+
+    Returns the output and the gradients.
+    """
     *inputs, grad = values
     leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in inputs]
 
-    def run() -> None:
+    def run() -> list[Tensor]:
         for t in leaves:
             t.grad = None
-        function(*leaves).backward(grad)
+        out = function(*leaves)
+        out.backward(grad)
+        return [out.detach(), *(t.grad for t in leaves)]
 
     return run
 

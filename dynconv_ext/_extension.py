@@ -55,7 +55,7 @@ def require() -> ModuleType:
 
 
 def no_cuda(operator: str) -> Callable[..., NoReturn]:
-    """What stands in for an operator's CUDA kernel where the CUDA library is not loaded: raises, saying why and what mends it."""
+    """What stands in for an operator's CUDA kernel without the CUDA library: raises, saying why and what mends it."""
 
     def unavailable(*args: Any) -> NoReturn:
         info = require().build_info()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The GPU suite (benchmarks/gpu_suite.py) on the CPU: the parts that need no GPU, and what it writes."""
+"""The GPU suite (benchmarks/gpu_suite.py) on the CPU: what needs no GPU, what it writes, its device parts emulated."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from types import ModuleType
 
 import pytest
 import torch
+
+from cuda_checks import run_emulated
 
 ROOT = Path(__file__).parents[1]
 REQUIRED = {
@@ -59,7 +61,11 @@ def test_results(run):
         "deform_conv2d": ("torchvision", "conv2d", "conv2d_channels_last"),
         "dynamic_conv2d": ("conv2d", "conv2d_channels_last", "grouped", "wide"),
         "task2_published": ("torchvision", "resnet34"),
+        "dynamic_resnet18": ("static", "static_channels_last", "grouped"),
+        "efficientnet_cc_b0_4e": ("condconv", "efficientnet_b0", "efficientnet_b0_channels_last"),
     }.items():
+        if op == "efficientnet_cc_b0_4e" and not importlib.util.find_spec("timm"):
+            continue
         assert {(op, peer) for peer in peers} <= seen
     for op in ("deform_conv2d", "dynamic_conv2d"):
         assert {row["dtype"] for row in rows if row["op"] == op} == set(
@@ -72,8 +78,9 @@ def test_table_and_chart(run):
     table = (run / "table.md").read_text()
     rest = json.loads((run / "suite.json").read_text())
     # torchvision has no autocast on a CPU; nothing else may fail.
-    assert {e["contender"] for e in rest["errors"]} <= {"torchvision", "torchvision_autocast"}, rest["errors"]
-    assert all(e["dtype"] in ("bfloat16", "float16") for e in rest["errors"]), rest["errors"]
+    errors = [e for e in rest["errors"] if "timm is not installed" not in e["error"]]
+    assert {e["contender"] for e in errors} <= {"torchvision", "torchvision_autocast"}, errors
+    assert all(e["dtype"] in ("bfloat16", "float16") for e in errors), errors
     assert rest["ceilings"]["copy_gb_s"] > 0 and rest["ceilings"]["bfloat16_tflop_s"] > 0
     for heading in ("### deform_conv2d", "### dynamic_conv2d", "### task2_published"):
         assert heading in table
@@ -106,7 +113,7 @@ def test_without_kernels_only_the_peers_are_measured(gpu_suite, tmp_path, monkey
     monkeypatch.setattr(gpu_suite.bench_dynamic, "ours", fail)
     case = gpu_suite.Case("deform_conv2d", "tiny", 1, 2, 4, 4, 2, ("float32",))
     monkeypatch.setattr(gpu_suite, "SMOKE_CASES", [case])
-    monkeypatch.setattr(gpu_suite, "network_steps", lambda *arguments: ("training step", {}))
+    monkeypatch.setattr(gpu_suite.networks.Network, "contenders", lambda *arguments: {})
     suite = gpu_suite.Suite(tmp_path, gpu_suite.Device("cpu", smoke=True), {})
     gpu_suite.measure(suite, 60)
     assert {row["peer"] for row in suite.rows} == {"torchvision", "conv2d", "conv2d_channels_last"}
@@ -126,18 +133,75 @@ def test_floor(gpu_suite):
     assert gpu_suite.floor(case, "float16", "forward", measured) == (None, None)
 
 
-def test_check_compares_with_the_reference(gpu_suite, monkeypatch):
+def test_check_compares_with_the_reference(gpu_suite, monkeypatch, capsys):
     device = gpu_suite.Device("cpu", smoke=True)
-    assert gpu_suite.check(["small"], device) == []
-    right = gpu_suite.dynconv_ext.deform_conv2d
-    monkeypatch.setattr(
-        gpu_suite.dynconv_ext,
-        "deform_conv2d",
-        lambda *values, mask: right(*values, mask=None if mask is None else mask * 1.1),
+    assert gpu_suite.check(["deform:small", "dynamic:small"], device) == []
+    labels = capsys.readouterr().out.splitlines()
+    assert len(labels) == 2 * 2 * len(gpu_suite.TORCH_DTYPE)
+    for name in ("deform_conv2d", "dynamic_conv2d"):
+        right = getattr(gpu_suite.dynconv_ext, name)
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu_suite.dynconv_ext, name, lambda x, *values, right=right: right(x * 1.1, *values))
+            wrong = gpu_suite.check([f"{name.removesuffix('_conv2d')}:small"], device)
+            assert any(f"{name} small float32 contiguous: out is off by" in line for line in wrong)
+            assert any(f"{name} small bfloat16 channels_last: grad_weight is off by" in line for line in wrong)
+    with pytest.raises(
+        SystemExit, match="--check: got small, nonsense, expected names of deform:small, .*dynamic:small"
+    ):
+        gpu_suite.check(["small", "nonsense", "deform:small"], device)
+
+
+def test_check_leaves_out_an_operator_without_kernels_and_says_so(gpu_suite, monkeypatch, capsys):
+    def none(*values):
+        raise NotImplementedError("dynamic_conv2d: got CUDA tensors, but this version has no CUDA kernels for it")
+
+    device = gpu_suite.Device("cpu", smoke=True)
+    monkeypatch.setattr(gpu_suite.dynconv_ext, "dynamic_conv2d", none)
+    assert gpu_suite.check(["dynamic:small", "deform:pointwise", "dynamic:one_kernel"], device) == []
+    assert capsys.readouterr().out.count("dynamic_conv2d: left out: dynamic_conv2d: got CUDA tensors") == 1
+    assert gpu_suite.check(["dynamic:small"], device) == ["nothing was checked: dynamic_conv2d left out"]
+    # A library that is missing is no reason to go on.
+    monkeypatch.setattr(gpu_suite.dynconv_ext, "deform_conv2d", lambda *values: fail_with(ImportError("no _cuda")))
+    wrong = gpu_suite.check(["deform:small"], device)
+    assert (
+        len(wrong) == 2 * len(gpu_suite.TORCH_DTYPE) and "deform_conv2d small float64: ImportError: no _cuda" in wrong
     )
-    assert any("small float32 contiguous: out is off by" in line for line in gpu_suite.check(["small"], device))
-    with pytest.raises(SystemExit, match="--check: got nonsense, expected names of small, "):
-        gpu_suite.check(["nonsense"], device)
+
+
+def fail_with(error: Exception) -> None:
+    raise error
+
+
+def test_a_lost_device_is_left_by_a_new_process(gpu_suite, tmp_path, monkeypatch):
+    """The race that lost it is not run again; what was measured before stays."""
+    case = gpu_suite.Case("deform_conv2d", "tiny", 1, 2, 4, 4, 2, ("float32",))
+    monkeypatch.setattr(gpu_suite, "SMOKE_CASES", [case])
+    monkeypatch.setattr(gpu_suite.networks.Network, "contenders", lambda *arguments: {})
+    monkeypatch.setattr(gpu_suite.networks, "has_timm", lambda: False)
+    lives = iter([True] * 2 + [False])
+    monkeypatch.setattr(gpu_suite.Device, "alive", lambda device: next(lives, True))
+    commands = []
+    monkeypatch.setattr(gpu_suite.os, "execv", lambda program, command: commands.append(command))
+    arguments = [str(tmp_path), "--device", "cpu", "--smoke"]
+    benchmark = torch.backends.cudnn.benchmark
+    try:
+        gpu_suite.main(arguments)
+        assert len(commands) == 1 and "--resume" in commands[0] and "--smoke" in commands[0]
+        first = json.loads((tmp_path / "results.json").read_text())
+        lost = [e for e in json.loads((tmp_path / "suite.json").read_text())["errors"] if "lost its GPU" in e["error"]]
+        assert len(lost) == 1
+        again = commands[0][2:]
+        assert gpu_suite.main(again) == 0
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert rows[: len(first)] == first and len(commands) == 1
+    keys = [(row["direction"], row["peer"], row["layout"]) for row in rows if row["op"] == "deform_conv2d"]
+    assert len(keys) == len(set(keys)) and {key[0] for key in keys} == set(gpu_suite.DIRECTIONS)
+
+
+def test_device_parts_on_the_emulation(monkeypatch):
+    run_emulated(monkeypatch, "gpu_suite_cases.py", "address")
 
 
 def test_precision_restores_the_settings(gpu_suite):

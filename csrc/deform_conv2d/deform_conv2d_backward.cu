@@ -7,30 +7,13 @@
 // the corners' gradients. The additions have no fixed order; the deterministic way writes the gradients of the sampled
 // values of some images to the workspace, and lets each thread of a second kernel own a channel of some rows of an image.
 #include "common/cuda/launch.h"
-#include "deform_conv2d/deform_conv2d_cuda_backward.h"
+#include "deform_conv2d/deform_conv2d_direct.h"
 
 namespace dynconv {
 namespace deform_cuda {
 namespace {
 
 constexpr int kPixels = 64;  // of a block
-
-struct DataArguments {
-  Geometry geometry;
-  Steps steps;
-  const void* input;
-  ImageStrides input_stride, grad_out_stride;
-  const void *offset, *mask;
-  StorageType offset_type;
-  const void* grad_out;
-  const void* packed_weight;  // (steps, output_chunks, kRow channels, kRow outputs) operands
-  int output_chunks;
-  bool grad_out_vectors;
-  void* grad_input;                 // sums, in the layout of the input; null: not wanted, or deterministic
-  void* grad_columns;               // deterministic: (rows - first_row, taps, C) sums with the mask in them
-  void *grad_offset, *grad_mask;    // contiguous, in offset_type; null: not wanted
-  int64_t first_row, rows;          // of all rows, those that this launch does
-};
 
 template <class T>
 struct DataShared {
@@ -176,19 +159,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_data_kernel(const DataAr
       for (int chunk = 0; chunk < kRowChunks; ++chunk)
         DYNCONV_UNROLL
         for (int i = 0; i < 4; ++i) dot[i] += dots[(chunk * kPixels + thread) * 4 + i];
-      const SampleExtras<acc_t> extra = extras[thread];
-      acc_t grad_y, grad_x, grad_mask;
-      sample_gradients(extra.fraction_y, extra.fraction_x, dot, extra.mask, &grad_y, &grad_x, &grad_mask);
-      const Pixel pixel = pixels[thread];
-      const int64_t plane = int64_t(a.geometry.out_height) * a.geometry.out_width;
-      const int64_t place = int64_t(pixel.y) * a.geometry.out_width + pixel.x;
-      const int64_t channel = (int64_t(pixel.image) * a.steps.offset_groups + d) * a.steps.taps + tap;
-      if (a.grad_offset != nullptr) {
-        const ScalarWriter<acc_t> to{a.grad_offset, a.offset_type};
-        to.write(2 * channel * plane + place, grad_y);
-        to.write((2 * channel + 1) * plane + place, grad_x);
-      }
-      if (a.grad_mask != nullptr) ScalarWriter<acc_t>{a.grad_mask, a.offset_type}.write(channel * plane + place, grad_mask);
+      write_sample_gradients<acc_t>(a, pixels[thread], d, tap, extras[thread], dot);
     }
   }
 }
@@ -288,7 +259,8 @@ struct Workspace {
     const DeformGradients& g = call.gradients;
     images = p.batch;
     if (g.input != nullptr || g.offset != nullptr || g.mask != nullptr) {
-      packed_weight = steps.count() * ceil_div(p.group_out_channels(), T::kRow) * T::kRow * kRowBytes;
+      if (!is_direct(p))
+        packed_weight = steps.count() * ceil_div(p.group_out_channels(), T::kRow) * T::kRow * kRowBytes;
       if (g.input != nullptr && kSumsApart<T>)
         grad_input = p.batch * p.channels * p.in_pixels() * int64_t(sizeof(typename T::acc_t));
       if (g.input != nullptr && call.deterministic) {
@@ -330,8 +302,11 @@ cudaError_t run_backward(const DeformBackwardCall& call, void* workspace, cudaSt
     const int output_chunks = int(ceil_div(p.group_out_channels(), T::kRow));
     const int64_t count = steps.count() * output_chunks * T::kRow * T::kRow;
     auto* const packed = reinterpret_cast<typename T::operand_t*>(base);
-    DYNCONV_RETURN_IF_ERROR(launch(pack_weight_transposed_kernel<T>, ceil_div(count, kThreads), kThreads, 0, stream, steps,
-                                   static_cast<const storage_t*>(call.forward.weight), packed, output_chunks, count));
+    const bool direct = is_direct(p);
+    if (!direct)
+      DYNCONV_RETURN_IF_ERROR(launch(pack_weight_transposed_kernel<T>, ceil_div(count, kThreads), kThreads, 0, stream,
+                                     steps, static_cast<const storage_t*>(call.forward.weight), packed, output_chunks,
+                                     count));
     const int64_t input_count = p.batch * p.channels * p.in_pixels();
     void* const sums = kSumsApart<T> ? base + cut.packed_weight : g.input;
     if (g.input != nullptr) DYNCONV_RETURN_IF_ERROR(cudaMemsetAsync(sums, 0, size_t(input_count) * sizeof(acc_t), stream));
@@ -362,7 +337,8 @@ cudaError_t run_backward(const DeformBackwardCall& call, void* workspace, cudaSt
       const int64_t end = image + cut.images < p.batch ? image + cut.images : p.batch;
       a.first_row = image * p.out_pixels();
       a.rows = end * p.out_pixels();
-      if (vectors) DYNCONV_RETURN_IF_ERROR((launch_data<T, true>(a, stream)));
+      if (direct) DYNCONV_RETURN_IF_ERROR(run_direct_data<storage_t>(p, a, call.forward.weight, stream));
+      else if (vectors) DYNCONV_RETURN_IF_ERROR((launch_data<T, true>(a, stream)));
       else DYNCONV_RETURN_IF_ERROR((launch_data<T, false>(a, stream)));
       if (!owned) continue;
       const int bands = int(p.height < 8 ? p.height : 8);

@@ -7,7 +7,7 @@
 // and added by a second kernel, in order.
 #include "common/cuda/launch.h"
 #include "common/cuda/pixel_sums.h"
-#include "deform_conv2d/deform_conv2d_cuda_backward.h"
+#include "deform_conv2d/deform_conv2d_direct.h"
 
 namespace dynconv {
 namespace deform_cuda {
@@ -181,7 +181,8 @@ struct WeightPlan {
         weight(rows, steps.count() * output_tiles, 8 * kPixels),
         bias(rows, ceil_div(p.out_channels, 32), 16 * kPixels) {}
   int64_t padded_outputs() const { return output_tiles * WeightShared<T>::kOutputs; }
-  int64_t weight_bytes() const {
+  int64_t weight_bytes(const DeformConv2dParams& p) const {
+    if (is_direct(p)) return direct_weight_workspace<typename T::storage_t>(p);
     return round_up(weight.count * steps.count() * padded_outputs() * T::kRow * int64_t(sizeof(typename T::acc_t)),
                     kWorkspaceAlignment);
   }
@@ -193,7 +194,7 @@ struct WeightPlan {
 template <class T>
 int64_t weight_workspace(const DeformBackwardCall& call) {
   const WeightPlan<T> plan(call.forward.params);
-  return (call.gradients.weight != nullptr ? plan.weight_bytes() : 0) +
+  return (call.gradients.weight != nullptr ? plan.weight_bytes(call.forward.params) : 0) +
          (call.gradients.bias != nullptr ? plan.bias_bytes(call.forward.params.out_channels) : 0);
 }
 
@@ -205,7 +206,9 @@ cudaError_t run_backward_weight(const DeformBackwardCall& call, void* workspace,
   const WeightPlan<T> plan(p);
   const ImageStrides grad_out_stride = image_strides(p.out_channels, p.out_height, p.out_width, call.grad_out_channels_last);
   auto* sums = static_cast<unsigned char*>(workspace);
-  if (call.gradients.weight != nullptr) {
+  if (call.gradients.weight != nullptr && is_direct(p)) {
+    DYNCONV_RETURN_IF_ERROR(run_direct_weight<storage_t>(call, sums, stream));
+  } else if (call.gradients.weight != nullptr) {
     const WeightArguments a{Geometry(p),
                             plan.steps,
                             call.forward.input,
@@ -229,8 +232,8 @@ cudaError_t run_backward_weight(const DeformBackwardCall& call, void* workspace,
     DYNCONV_RETURN_IF_ERROR(launch(add_weight_shares_kernel<T>, ceil_div(count, kThreads), kThreads, 0, stream, plan.steps,
                                    reinterpret_cast<const acc_t*>(sums), plan.weight.count, plan.padded_outputs(),
                                    static_cast<storage_t*>(call.gradients.weight), count));
-    sums += plan.weight_bytes();
   }
+  if (call.gradients.weight != nullptr) sums += plan.weight_bytes(p);
   if (call.gradients.bias != nullptr) {
     const int outputs = int(p.out_channels);
     DYNCONV_RETURN_IF_ERROR(launch_pixel_sums<T>(static_cast<const storage_t*>(call.grad_out), grad_out_stride,

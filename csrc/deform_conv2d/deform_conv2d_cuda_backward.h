@@ -113,6 +113,41 @@ DYNCONV_DEVICE void scatter(typename T::acc_t* sums, const ImageStrides& stride,
   }
 }
 
+// What the gradients of input, offset and mask are made of.
+struct DataArguments {
+  Geometry geometry;
+  Steps steps;
+  const void* input;
+  ImageStrides input_stride, grad_out_stride;
+  const void *offset, *mask;
+  StorageType offset_type;
+  const void* grad_out;
+  const void* packed_weight;  // (steps, output_chunks, kRow channels, kRow outputs) operands
+  int output_chunks;
+  bool grad_out_vectors;
+  void* grad_input;                 // sums, in the layout of the input; null: not wanted, or deterministic
+  void* grad_columns;               // deterministic: (rows - first_row, taps, C) sums with the mask in them
+  void *grad_offset, *grad_mask;    // contiguous, in offset_type; null: not wanted
+  int64_t first_row, rows;          // of all rows, those that this launch does
+};
+
+// The gradients of offset and mask at tap `tap` of offset group d, from the four products with the corners.
+template <class acc_t>
+DYNCONV_DEVICE void write_sample_gradients(const DataArguments& a, const Pixel& pixel, int d, int tap,
+                                           const SampleExtras<acc_t>& extra, const acc_t (&dot)[4]) {
+  acc_t grad_y, grad_x, grad_mask;
+  sample_gradients(extra.fraction_y, extra.fraction_x, dot, extra.mask, &grad_y, &grad_x, &grad_mask);
+  const int64_t plane = int64_t(a.geometry.out_height) * a.geometry.out_width;
+  const int64_t place = int64_t(pixel.y) * a.geometry.out_width + pixel.x;
+  const int64_t channel = (int64_t(pixel.image) * a.steps.offset_groups + d) * a.steps.taps + tap;
+  if (a.grad_offset != nullptr) {
+    const ScalarWriter<acc_t> to{a.grad_offset, a.offset_type};
+    to.write(2 * channel * plane + place, grad_y);
+    to.write((2 * channel + 1) * plane + place, grad_x);
+  }
+  if (a.grad_mask != nullptr) ScalarWriter<acc_t>{a.grad_mask, a.offset_type}.write(channel * plane + place, grad_mask);
+}
+
 // deform_conv2d_backward_weight.cu: gradients of weight and bias.
 template <class T>
 int64_t weight_workspace(const DeformBackwardCall&);

@@ -5,13 +5,11 @@
 // While the product of one step runs, the next step's samples are fetched and written to the other half of the shared
 // memory, and its weights copied. Where a tap samples is found once a tap, and read by all channels.
 #include "common/cuda/launch.h"
-#include "deform_conv2d/deform_conv2d_cuda_tiles.h"
+#include "deform_conv2d/deform_conv2d_direct.h"
 
 namespace dynconv {
 namespace deform_cuda {
 namespace {
-
-constexpr int kThreads = 256;
 
 // A block's output: kPixels x kOutputs, by warps that stand kWarpsM x kWarpsN.
 template <int pixels, int outputs, int warps_m, int warps_n>
@@ -190,6 +188,7 @@ cudaError_t launch_tile(const ForwardArguments& a, bool vectors, cudaStream_t st
 template <class T>
 cudaError_t run_forward(const DeformCall& call, const void* bias, void* out, void* workspace, cudaStream_t stream) {
   const DeformConv2dParams& p = call.params;
+  if (is_direct(p)) return run_direct_forward<typename T::storage_t>(call, bias, out, stream);
   const int outputs = outputs_of_tile<T>(p.group_out_channels());
   const Steps steps(p, T::kRow);
   const int padded = int(padded_outputs<T>(p.group_out_channels()));
@@ -227,6 +226,7 @@ cudaError_t run_forward(const DeformCall& call, const void* bias, void* out, voi
 }  // namespace deform_cuda
 
 int64_t deform_conv2d_forward_workspace(Precision precision, const DeformConv2dParams& p) {
+  if (deform_cuda::is_direct(p)) return 0;
   return dispatch_precision(precision, [&](auto types) {
     using T = decltype(types);
     return deform_cuda::Steps(p, T::kRow).count() * deform_cuda::padded_outputs<T>(p.group_out_channels()) * kRowBytes;

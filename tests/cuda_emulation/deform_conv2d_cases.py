@@ -16,21 +16,39 @@ import torch
 import op_checks
 import operators
 from dynconv_ext import deform_conv2d, reference
-from op_cases import DEFORM_CASES, TOLERANCE, TOLERANCE_TF32, DeformCase
+from op_cases import DEFORM_CASES, TOLERANCE, TOLERANCE_TF32, DeformCase, case_id
 
 torch.ops.load_library(os.environ["DYNCONV_EMULATED_OPERATORS"])
 # The emulation's threads are one thread of the host.
 torch.set_num_threads(1)
 
 _shared = {case.name: case for case in DEFORM_CASES}
+# More than 8 outputs a group: by tiles. Up to 8, from up to 16 channels: the direct way.
+ALL_DIFFERENT = replace(_shared["all_different"], batch=2)
+ALL_DIFFERENT_BY_TILES = replace(ALL_DIFFERENT, name="all_different_by_tiles", out_channels=18)
 CASES = [
     *(replace(_shared[name], size=(5, 4)) for name in ("small", "no_mask_no_bias")),
     _shared["far_outside"],
     replace(_shared["offset_groups_cross_groups"], size=(4, 3)),
     replace(_shared["all_different"], batch=3, size=(9, 6)),
+    replace(
+        _shared["offset_groups_cross_groups"],
+        name="cross_groups_by_tiles",
+        size=(3, 2),
+        kernel=(1, 2),
+        padding=(0, 1),
+        out_channels=27,
+    ),
+    replace(ALL_DIFFERENT_BY_TILES, size=(7, 5)),
     DeformCase("depthwise", channels=5, out_channels=5, groups=5, offset_groups=5, size=(3, 3)),
+    # Two slabs of 256 channels, or five of 64.
+    DeformCase("depthwise_many_channels", 1, 300, (3, 2), 300, groups=300, kernel=(1, 3), padding=(0, 1)),
+    DeformCase("direct_multiplier", channels=9, size=(4, 3), out_channels=18, groups=9, offset_groups=3, mask=False),
+    DeformCase("direct_groups_of_channels", channels=20, size=(4, 3), out_channels=20, groups=5, bias=False),
+    DeformCase("direct_seven_outputs", channels=12, size=(4, 3), out_channels=28, groups=4, offset_groups=2),
+    DeformCase("direct_shares_of_pixels", 5, 3, (15, 15), 3, (1, 1), padding=(0, 0), groups=3),
     DeformCase("chunks_read_at_once", channels=32, out_channels=24, size=(5, 4), offset_groups=2),
-    DeformCase("groups_of_whole_chunks", channels=32, out_channels=16, size=(3, 4), groups=2, bias=False),
+    DeformCase("groups_of_whole_chunks", channels=32, out_channels=32, size=(3, 4), groups=2, bias=False),
     DeformCase("several_chunks_and_a_tail", channels=72, size=(4, 3), kernel=(1, 2), padding=(0, 1)),
     DeformCase("wide_output", channels=8, out_channels=150, size=(5, 4), kernel=(1, 1), padding=(0, 0)),
     DeformCase("tiles_across_images", batch=7, channels=4, size=(13, 12), kernel=(1, 1), padding=(0, 0)),
@@ -43,7 +61,7 @@ PRECISIONS = {
     "float16": torch.float16,
 }
 # Everything for these. The others alternate the layouts, and leave out float16: bfloat16 takes the same paths.
-THOROUGH = ("small", "chunks_read_at_once")
+THOROUGH = ("small", "chunks_read_at_once", "direct_seven_outputs")
 
 
 def combinations():
@@ -74,7 +92,9 @@ def test_matches_reference(case, precision, channels_last):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["small", "offset_groups_cross_groups", "chunks_read_at_once"])
+@pytest.mark.parametrize(
+    "name", ["small", "offset_groups_cross_groups", "cross_groups_by_tiles", "chunks_read_at_once"]
+)
 def test_deterministic_way_matches_reference(name, precision):
     case = next(case for case in CASES if case.name == name)
     check(case, precision, channels_last=precision == "bfloat16", deterministic=True)
@@ -84,14 +104,15 @@ def test_float32_offset_beside_half():
     check(_shared["small"], "bfloat16", channels_last=True, offset_dtype=torch.float32)
 
 
+@pytest.mark.parametrize("case", [ALL_DIFFERENT, ALL_DIFFERENT_BY_TILES], ids=case_id)
 @pytest.mark.parametrize("wanted", range(5), ids=DeformCase.names)
-def test_only_the_gradient_asked_for(wanted):
-    case = replace(_shared["all_different"], batch=2)
+def test_only_the_gradient_asked_for(wanted, case):
     op_checks.assert_computes_only_the_gradient(wanted, case, operators.deform_conv2d(), reference.deform_conv2d)
 
 
-def test_any_strides():
-    op_checks.assert_takes_any_strides(replace(_shared["all_different"], batch=2), operators.deform_conv2d())
+@pytest.mark.parametrize("case", [ALL_DIFFERENT, ALL_DIFFERENT_BY_TILES], ids=case_id)
+def test_any_strides(case):
+    op_checks.assert_takes_any_strides(case, operators.deform_conv2d())
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["channels_last_gradient", "contiguous_gradient"])
@@ -139,10 +160,17 @@ def test_empty_batch():
 
 
 # Two offset groups of a chunk and a bit, two weight groups, two blocks of pixels: every barrier has work before and after.
-RACES = DeformCase("races", 5, 8, (4, 4), 4, kernel=(1, 2), padding=(0, 1), groups=2, offset_groups=2)
+RACES = DeformCase("races", 5, 8, (4, 4), 18, kernel=(1, 2), padding=(0, 1), groups=2, offset_groups=2)
+# The direct way: two columns of threads, two blocks of pixels.
+RACES_DIRECT = DeformCase("races_direct", 7, 16, (4, 4), 32, (1, 2), padding=(0, 1), groups=16, offset_groups=2)
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["any_order", "deterministic"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_races(precision, deterministic):
     check(RACES, precision, channels_last=precision == "bfloat16", deterministic=deterministic)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_races_of_the_direct_way(precision):
+    check(RACES_DIRECT, precision, channels_last=precision == "bfloat16")
