@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocksOf<T, Tile>) conv_kerne
   const int g = digit(a.groups);
   const int phase = digit(a.gather.phases());
   const int phase_y = phase / a.gather.x.phases, phase_x = phase - phase_y * a.gather.x.phases;
-  const int first_row = digit(a.row_tiles) * (wide ? Tile::kRows : a.sample_rows);
+  const int64_t first_row = int64_t(digit(a.row_tiles)) * (wide ? Tile::kRows : a.sample_rows);
   const int samples = wide ? 1 : Tile::kRows / a.sample_rows;
   const int first_sample = wide ? 0 : int(block) * samples;
   const bool transposed = a.gather.transposed != 0;
@@ -117,8 +117,8 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocksOf<T, Tile>) conv_kerne
     const int64_t pixels = int64_t(a.gather.y.pixels(phase_y)) * width;
     int64_t image, number;  // of the pixel in its phase
     if constexpr (wide) {
-      image = pixels ? (int64_t(first_row) + m) / pixels : a.batch;
-      number = int64_t(first_row) + m - image * pixels;
+      image = pixels ? (first_row + m) / pixels : a.batch;
+      number = first_row + m - image * pixels;
     } else {
       image = first_sample + m / a.sample_rows;
       number = first_row + m % a.sample_rows;

@@ -29,6 +29,8 @@ void check_sizes(const DynamicConv2dParams& p) {
                    {"weight.shape[1] * kH * kW", p.out_channels * p.taps()},
                    {"input.shape[2] + 2 * padding[0]", p.height + 2 * p.padding_height},
                    {"input.shape[3] + 2 * padding[1]", p.width + 2 * p.padding_width},
+                   {"input.shape[2] * input.shape[3]", p.in_pixels()},
+                   {"output height * output width", p.out_pixels()},
                    {"dilation[0] * kH", p.dilation_height * p.kernel_height},
                    {"dilation[1] * kW", p.dilation_width * p.kernel_width},
                    {"stride[0]", p.stride_height},
