@@ -24,7 +24,7 @@ struct Tile {
   // Samples that share a block: as many as there are warps along the rows, and as there is shared memory for.
   static constexpr int kMostSamples = 256 / results < warps_m ? 256 / results : warps_m;
   // Compiled for compute capability 9.0 on: 8.0 has neither the shared memory nor, by some bytes, the registers.
-  static constexpr bool kIsLarge = rows * results > 16 * 1024;
+  [[maybe_unused]] static constexpr bool kIsLarge = rows * results > 16 * 1024;
 };
 
 struct ConvArguments {
@@ -244,10 +244,11 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocksOf<T, Tile>) conv_kerne
     }
   };
 
+  const unsigned char* const bank = static_cast<const unsigned char*>(a.bank) +
+                                    (int64_t(g) * steps * a.num_kernels * a.padded_results + first_result) * kRowBytes;
   // The step's tile of kernel k.
   auto bank_tile = [&](int step, int k) {
-    return static_cast<const unsigned char*>(a.bank) +
-           (((int64_t(g) * steps + step) * a.num_kernels + k) * a.padded_results + first_result) * kRowBytes;
+    return bank + (int64_t(step) * a.num_kernels + k) * a.padded_results * kRowBytes;
   };
   auto load_kernels = [&](int step, int slices, int item, uint4 (&bits)[kFewKernels]) {
     if (a.num_kernels > kFewKernels || item >= Tile::kResults * kRowChunks || item % kRowChunks >= 2 * slices) return;
