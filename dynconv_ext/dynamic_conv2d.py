@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -465,6 +466,11 @@ class DynamicConv2d(ConvLayer, AnnealedTemperature):
         logits = self.fc2(torch.relu(self.fc1(input.mean((2, 3)))))
         # The buffer stays a tensor: reading it as a number would wait for a GPU, and break a compiled graph.
         return logits / self.temperature
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynamicConv2d:
+        # ``to(memory_format=torch.channels_last)`` converts every tensor of 4 or 5 sizes, and fails on 5: the bank
+        # goes through flat. It has one layout anyway.
+        return super()._apply(lambda t: fn(t.flatten()).unflatten(0, t.shape) if t.dim() == 5 else fn(t), recurse)
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolves.

@@ -570,3 +570,19 @@ def test_module_under_autocast():
 def test_module_errors(call_it, text):
     with pytest.raises(ValueError, match=text):
         call_it()
+
+
+def test_layer_in_channels_last_and_other_types():
+    layer = DynamicConv2d(3, 8, 3, padding=1)
+    x = torch.randn(2, 3, 6, 5)
+    expected = layer(x)
+    assert layer.to(memory_format=torch.channels_last) is layer
+    out = layer(x.contiguous(memory_format=torch.channels_last))
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out, expected)
+    weight = layer.weight
+    layer.double().to(memory_format=torch.channels_last)
+    assert layer.weight is weight and weight.shape == (4, 8, 3, 3, 3)
+    assert {p.dtype for p in layer.parameters()} == {torch.float64}
+    torch.testing.assert_close(layer(x.double()).float(), expected)
+    assert layer.to("meta").weight.shape == (4, 8, 3, 3, 3)
