@@ -50,14 +50,6 @@ def network(name: str, layer: type[nn.Module] | None = None, image_size: int = S
     return model.train()
 
 
-def to_channels_last(model: nn.Module) -> nn.Module:
-    """The model, its convolutions' weights in this layout; banks of kernels, which Module.to refuses, as they are."""
-    for parameter in model.parameters():
-        if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    return model
-
-
 def step(
     model: nn.Module,
     dtype: str,
@@ -75,7 +67,7 @@ def step(
     images = torch.rand(batch, 3, image_size, image_size, device=device)
     labels = torch.randint(50, (batch,), device=device)
     if channels_last:
-        to_channels_last(model)
+        model.to(memory_format=torch.channels_last)
         images = images.contiguous(memory_format=torch.channels_last)
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True, capturable=capturable)
 

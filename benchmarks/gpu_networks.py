@@ -55,7 +55,7 @@ class Network:
 def inference(model: nn.Module, dtype: str, device: str, batch: int, size: int, channels_last: bool) -> Run:
     model.eval()
     if channels_last:
-        bench_network.to_channels_last(model)
+        model.to(memory_format=torch.channels_last)
     images = torch.rand(batch, 3, size, size, device=device)
     if channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
