@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import sys
 
-from dynconv_vision.training.study import Preset, Study, main
+from dynconv_vision.training.study import Network, Preset, Study, main
 
 MODELS = ("task2_published", "resnet34")
 
 STUDY = Study(
     task="task2",
     question="Train a small network with a deformable convolution and ResNet-34 side by side.",
-    networks={name: {} for name in MODELS},
+    networks={name: Network() for name in MODELS},
     presets={
         "demo": Preset(
             models=MODELS,

@@ -22,7 +22,7 @@ from torch import nn
 
 from dynconv_vision.models import registry
 from dynconv_vision.training import TrainConfig
-from dynconv_vision.training.study import CHANNEL_SETS, Preset, Study, StudyConfig, main
+from dynconv_vision.training.study import CHANNEL_SETS, Network, Preset, Study, StudyConfig, main
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
@@ -159,7 +159,7 @@ class TestPresets:
             config = seen[task]
             assert (config.image_size, config.denoise, config.normalize, config.limits) == (124, True, True, None)
             assert (config.train.learning_rate, config.train.batch_size, config.train.epochs) == (1e-3, 32, 30)
-            assert config.train.schedule == "constant" and not config.train.augment
+            assert config.train.schedule == "constant" and config.train.augment == "none"
         one, two = seen["task1"].train, seen["task2"].train
         assert (one.weight_decay, one.gradient_clip, one.early_stop_patience) == (1e-4, 2.0, 6)
         assert (two.weight_decay, two.gradient_clip, two.early_stop_patience) == (0.0, None, None)
@@ -210,7 +210,7 @@ def tiny_study(monkeypatch: pytest.MonkeyPatch) -> Study:
         limits={"train": 60, "val": 50, "test": 50},
         train={"epochs": 2, "batch_size": 6, "device": "cpu", "precision": "float32"},
     )
-    return Study("task2", "A study of this test.", {"first": {}, "second": {}}, {"demo": preset})
+    return Study("task2", "A study of this test.", {"first": Network(), "second": Network()}, {"demo": preset})
 
 
 def numbers(folder: Path) -> dict:

@@ -20,7 +20,6 @@ from torch import nn
 from dynconv_vision.training import (
     ClassificationModule,
     EvaluationLoader,
-    ImageDataModule,
     ModelCard,
     StudyError,
     TrainConfig,
@@ -36,7 +35,7 @@ from dynconv_vision.training import (
     select_channels,
     train_model,
 )
-from dynconv_vision.training.datamodule import Batch
+from dynconv_vision.training.datamodule import Batch, make_augmentation
 
 CLASSES = ("dark", "dim", "bright", "white")
 
@@ -130,7 +129,8 @@ CONFIG = TrainConfig(
     gradient_clip=1.0,
     schedule="cosine",
     warmup_epochs=0.5,
-    augment=True,
+    augment="light",
+    ema_decay=0.9,
     early_stop_patience=5,
     device="cpu",
     precision="float32",
@@ -185,7 +185,10 @@ class TestConfig:
             ("schedule", "linear", "schedule: got 'linear', expected one of constant, cosine"),
             ("device", "gpu", "device: got 'gpu', expected one of auto, cpu, cuda, mps"),
             ("precision", "fp8", "precision: got 'fp8', expected one of auto, float32, bf16"),
-            ("augment", 1, "augment: got 1, expected true or false"),
+            ("augment", 1, "augment: got 1, expected one of none, light, strong"),
+            ("channels", ("R", "Q"), "channels: got ('R', 'Q'), expected different names out of R, G, B, L"),
+            ("ema_decay", 1.0, "ema_decay: got 1.0, expected a number >= 0.0 and < 1.0"),
+            ("optimizer", "lion", "optimizer: got 'lion', expected one of adam, adamw, sgd"),
         ],
     )
     def test_errors(self, name: str, value: object, text: str) -> None:
@@ -298,19 +301,32 @@ class TestBatches:
         torch.testing.assert_close(prepared, images / 255)
 
     def test_augmentation_draws_for_each_image(self, dataset: ArrayDataset) -> None:
-        module = ImageDataModule(dataset, dataclasses.replace(CONFIG, augment=True))
-        module.trainer = type("Trainer", (), {"training": True})()
-        images = torch.from_numpy(dataset.train.images[:1]).repeat(16, 1, 1, 1)
-        first = module.on_after_batch_transfer(Batch(images, torch.zeros(16), 5), 0).images
-        again = module.on_after_batch_transfer(Batch(images, torch.zeros(16), 5), 0).images
-        other = module.on_after_batch_transfer(Batch(images, torch.zeros(16), 6), 0).images
-        assert len({image.numpy().tobytes() for image in first}) > 4
-        assert torch.equal(first, again) and not torch.equal(first, other)
+        split = ArraySplit(dataset.train.images[:1].repeat(16, 0), np.zeros(16, np.int64))
+        for name in ("light", "strong"):
+            augmentation = make_augmentation(name, 8)
+            loaders = [TrainLoader(split, 16, seed, augmentation=augmentation) for seed in (5, 5, 6)]
+            first, again, other = (next(iter(loader)).images for loader in loaders)
+            assert first.shape == (16, 3, 8, 8) and first.dtype == torch.uint8
+            assert len({image.numpy().tobytes() for image in first}) > 4
+            assert torch.equal(first, again) and not torch.equal(first, other)
+
+    def test_workers_change_nothing(self, dataset: ArrayDataset) -> None:
+        epoch = 0
+        loaders = [
+            TrainLoader(dataset.train, 8, 0, lambda: (epoch, 2), augmentation=make_augmentation("light", 8), workers=w)
+            for w in (0, 2)
+        ]
+        for epoch in (0, 1):  # noqa: B007  (the workers of the first epoch serve the second one)
+            left, right = (list(loader) for loader in loaders)
+            assert len(left) == len(right) == 7
+            for one, other in zip(left, right, strict=True):
+                assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
+                assert isinstance(other, Batch) and one.seed == other.seed
 
 
 class TestTraining:
     def test_learns(self, dataset: ArrayDataset, tmp_path: Path) -> None:
-        config = dataclasses.replace(CONFIG, epochs=12, augment=False, learning_rate=0.05)
+        config = dataclasses.replace(CONFIG, epochs=12, augment="none", learning_rate=0.05, ema_decay=None)
         model = network()
         result = train_model(model, dataset, config, tmp_path, progress=False)
         assert result.best.val_acc > 80
@@ -502,17 +518,20 @@ class Variable(nn.Module):
 class TestChannels:
     def test_sampled_in_training_only(self, dataset: ArrayDataset, tmp_path: Path) -> None:
         model = Variable()
-        config = TrainConfig(epochs=4, batch_size=8, channel_sampling=True, device="cpu", precision="float32")
+        config = TrainConfig(epochs=4, batch_size=8, channel_sampling="step", device="cpu", precision="float32")
         train_model(model, dataset, config, tmp_path, progress=False)
         drawn = [(count, channels) for training, count, channels in model.seen if training]
         assert len(drawn) == 36
         assert all(channels and len(channels) == count for count, channels in drawn)
         assert len({channels for _, channels in drawn}) == 7
-        assert {channels for training, _, channels in model.seen if not training} == {None}
+        # Once for the zeros that a network sees first.
+        assert len({channels for training, _, channels in model.seen if not training}) > 1
 
     def test_sampling_needs_named_channels(self, dataset: ArrayDataset) -> None:
         with pytest.raises(StudyError, match="does not take named channels"):
-            ClassificationModule(network(), dataclasses.replace(CONFIG, channel_sampling=True), 4, 8)
+            ClassificationModule(network(), dataclasses.replace(CONFIG, channel_sampling="step"), 4, 8)
+        with pytest.raises(StudyError, match="channel_sampling: got 'image', but Variable takes one set"):
+            ClassificationModule(Variable(), dataclasses.replace(CONFIG, channel_sampling="image"), 4, 8)
 
     def test_missing_channels(self) -> None:
         images = torch.rand(2, 3, 4, 4)

@@ -9,18 +9,23 @@
 
 from .cache import default_cache_dir
 from .dataset import ImageDataset, ImageSplit, load_dataset, load_list
+from .derived import CHANNEL_NAMES, channel_sets, channel_statistics, derive_channels
 from .errors import DataError, Problem
 from .generated import GeneratedConfig
 from .preprocessing import PreprocessConfig, preprocess, read_bgr
 
 __all__ = [
+    "CHANNEL_NAMES",
     "DataError",
     "GeneratedConfig",
     "ImageDataset",
     "ImageSplit",
     "PreprocessConfig",
     "Problem",
+    "channel_sets",
+    "channel_statistics",
     "default_cache_dir",
+    "derive_channels",
     "load_dataset",
     "load_list",
     "preprocess",

@@ -5,28 +5,33 @@
 name                   task   network
 =====================  ====== ==========================================================================================
 ``resnet18``           task1  the plain baseline
-``variable_resnet18``  task1  ours: ResNet-18 over any subset of named channels, with learned kernels
+``static_resnet18``    task1  a plain stem over any set of named channels: baseline and specialists
+``variable_resnet18``  task1  ours: ResNet-18 over any set of named channels, with learned kernels
 ``task1_published``    task1  the source report's, with its defect: random kernels, redrawn in every forward pass
 ``resnet34``           task2  the plain baseline
 ``task2_published``    task2  the source report's four convolutions, one of them deformable
 =====================  ====== ==========================================================================================
 
 Networks of Task I except ``resnet18`` take images of one to three channels and their names:
-``network(x, channels=("R", "B"))``.
+``network(x, channels=("R", "B"))``; the static and the variable one also a set a sample, see :mod:`.channels`.
 """
 
+from .channels import ChannelNorm, StaticChannelConv, sample_channel_sets, sample_channels
 from .complexity import count_flops, count_parameters
 from .registry import create_model, list_models, register_model
-from .resnet import VariableChannelResNet18, resnet18, resnet34, variable_resnet18
+from .resnet import VariableChannelResNet18, resnet18, resnet34, static_resnet18, variable_resnet18
 from .task1_published import PublishedVariableInputConv, task1_published
 from .task2_published import CBAM, PixelAttention, Task2Published, task2_published
-from .variable_input_conv import SharedChannelAttention, VariableInputConv, sample_channels
+from .variable_input_conv import KernelGenerator, SharedChannelAttention, VariableInputConv
 
 __all__ = [
     "CBAM",
+    "ChannelNorm",
+    "KernelGenerator",
     "PixelAttention",
     "PublishedVariableInputConv",
     "SharedChannelAttention",
+    "StaticChannelConv",
     "Task2Published",
     "VariableChannelResNet18",
     "VariableInputConv",
@@ -37,7 +42,9 @@ __all__ = [
     "register_model",
     "resnet18",
     "resnet34",
+    "sample_channel_sets",
     "sample_channels",
+    "static_resnet18",
     "task1_published",
     "task2_published",
     "variable_resnet18",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
+from .channels import RGB, ChannelNorm, StaticChannelConv
 from .registry import register_model
 from .variable_input_conv import VariableInputConv
 
@@ -79,25 +80,31 @@ def resnet34(num_classes: int = 50, image_size: int = 64, stem: str | nn.Module 
 
 
 class VariableChannelResNet18(ResNet):
-    """ResNet-18 whose stem takes images of one to C named channels.
+    """ResNet-18 whose stem takes images of any set of named channels.
 
     Args:
         num_classes: Number of classes.
-        stem: A module ``(x, channels) -> (N, 64, H, W)`` with an attribute ``channels``, the names it knows.
+        stem: A module ``(x, channels) -> (N, 64, H, W)`` with an attribute ``channels``, the names it knows; one that
+            is called with sets a sample also takes ``present``.
+        norm: A module ``(x, channels) -> x`` in front of it.
     """
 
-    def __init__(self, num_classes: int, stem: nn.Module) -> None:
+    def __init__(self, num_classes: int, stem: nn.Module, norm: ChannelNorm | None = None) -> None:
         super().__init__(BasicBlock, [2, 2, 2, 2], num_classes=num_classes)
+        self.norm = norm
         self.conv1 = stem
         #: Names of the channels that the network knows.
         self.channels: tuple[str, ...] = tuple(stem.channels)
+        #: Whether it also takes channels of unknown identity, named None.
+        self.takes_unknown: bool = getattr(stem, "takes_unknown", False)
 
-    def forward(self, x: Tensor, channels: Sequence[str] | None = None) -> Tensor:
+    def forward(self, x: Tensor, channels: Sequence[str | None] | None = None, present: Tensor | None = None) -> Tensor:
         """Classify images.
 
         Args:
             x: (N, m, H, W).
-            channels: Names of the m channels of ``x``; None means all that the network knows, in its order.
+            channels: Names of the m channels of ``x``; if not given, as the stem has it.
+            present: (N, m), bool: which of the named channels each sample has; None: all.
 
         Returns:
             Logits (N, num_classes).
@@ -105,9 +112,40 @@ class VariableChannelResNet18(ResNet):
         Raises:
             ValueError: If the names do not fit ``x``, or are not the stem's.
         """
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x, channels))))
+        if self.norm is not None:
+            x = self.norm(x, channels)
+        x = self.conv1(x, channels) if present is None else self.conv1(x, channels, present)
+        x = self.maxpool(self.relu(self.bn1(x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+@register_model("static_resnet18", task="task1")
+def static_resnet18(
+    num_classes: int = 50, image_size: int = 64, channels: Sequence[str] = RGB, rescale: bool = True
+) -> VariableChannelResNet18:
+    """ResNet-18 with a plain convolution as its stem, over any set of its channels: the baseline for variable channels.
+
+    Channels are normalised, missing ones are zeros, the others are scaled by C / m. Trained on one set of channels, it
+    is that set's specialist; trained on sets drawn by :func:`sample_channel_sets`, it takes them all.
+
+    Args:
+        num_classes: Number of classes.
+        image_size: Not used; the network takes images of any size.
+        channels: Names of the channels.
+        rescale: Whether to scale by C / m.
+
+    Returns:
+        A network from images (N, m, H, W) and their channels' names to logits (N, num_classes).
+
+    Raises:
+        ValueError: If a name comes twice.
+
+    Source: the stem of Bao et al., Channel Vision Transformers, ICLR 2024, table 2, in a ResNet.
+    """
+    stem = StaticChannelConv(64, 3, padding=1, bias=False, channels=channels, rescale=rescale)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # as torchvision draws its own
+    return VariableChannelResNet18(num_classes, stem, ChannelNorm(channels))
 
 
 @register_model("variable_resnet18", task="task1")
@@ -116,11 +154,14 @@ def variable_resnet18(
     image_size: int = 64,
     num_kernels: int = 4,
     temperature: float = 30.0,
-    channels: Sequence[str] = ("R", "G", "B"),
+    channels: Sequence[str] = RGB,
+    attention: bool = True,
+    residual: bool = True,
+    gain: bool = True,
 ) -> VariableChannelResNet18:
     """ResNet-18 with a :class:`VariableInputConv` stem (3x3, stride 1, padding 1, no bias: batch norm follows).
 
-    Train it on subsets of the channels, see :func:`sample_channels`.
+    Train it on sets of channels drawn a sample, see :func:`sample_channel_sets`.
 
     Args:
         num_classes: Number of classes.
@@ -128,6 +169,7 @@ def variable_resnet18(
         num_kernels: Kernels of the stem.
         temperature: Of the stem's softmax, at first.
         channels: Names of the channels.
+        attention, residual, gain: Parts of the stem that can be left out.
 
     Returns:
         A network from images (N, m, H, W) and their channels' names to logits (N, num_classes).
@@ -136,6 +178,15 @@ def variable_resnet18(
         ValueError: If a number is out of range, or a name comes twice.
     """
     stem = VariableInputConv(
-        64, 3, padding=1, bias=False, num_kernels=num_kernels, temperature=temperature, channels=channels
+        64,
+        3,
+        padding=1,
+        bias=False,
+        num_kernels=num_kernels,
+        temperature=temperature,
+        channels=channels,
+        attention=attention,
+        residual=residual,
+        gain=gain,
     )
-    return VariableChannelResNet18(num_classes, stem)
+    return VariableChannelResNet18(num_classes, stem, ChannelNorm(channels))

@@ -1,25 +1,30 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A convolution over any subset of its named input channels, with K learned kernels mixed per sample.
+"""A convolution over any set of input channels, with K learned kernels mixed per sample and a generated residual.
 
-N batch, C the channels of the table, m of them present in an input, O output channels, K kernels, G groups.
+N batch, C channels of the table, m of them in the set s of an input, O output channels, K kernels, G groups; e_c is the
+identity of channel c, a learned vector; one more stands for unknown channels.
 
-    W[n] = (C / m) * sum_k a[n, k] * weight[k][:, present channels]        a[n] = softmax(logits[n] / temperature)
-    out[n] = conv2d(input[n], W[n], sum_k a[n, k] * bias[k])
+    W[n, :, c] = sum_k a[n, k] * weight[k, :, c] + residual(e_c, s)                    a[n] = softmax(logits[n] / T)
+    out[n] = gain[m] * (conv2d(C / m * input[n], W[n]) + sum_k a[n, k] * bias[k])
 
-- ``weight`` (K, O, C / G, kH, kW) holds, for every named channel, K kernels: the layout of ``nn.Conv2d.weight`` with K
-  in front. An input takes the slices of its channels, so their order does not matter.
-- The factor C / m keeps the size of the output when channels are missing.
-- The attention describes each channel by its mean and standard deviation, passes every description through the same
-  small network and averages over the channels: it depends neither on their number nor on their order.
+- ``weight`` (K, O, C / G, kH, kW) holds K kernels for every known channel: the layout of ``nn.Conv2d.weight`` with K in
+  front. A channel of unknown identity takes the mean of the table.
+- The residual comes from a small network whose last layer starts at zero. It sees the channel's identity, the mean
+  identity of the set and its size, so the kernels of red alone need not be those of red beside green.
+- C / m keeps the size of the output when channels are missing; the gain of a set size is learned and starts at 1.
+- The attention describes each channel by its mean, its standard deviation and its identity, passes every description
+  through the same small network and averages over the channels: neither their number nor their order matters.
+
+All of it is one call of :func:`dynconv_ext.dynamic_conv2d`: the residuals of the sets that a batch holds are further
+kernels of the bank, and a sample's mixing weights are its attention, followed by a 1 for its set, times its gain.
 
 Source: the mixture of kernels and its temperature are Chen et al., Dynamic Convolution: Attention over Convolution
-Kernels, CVPR 2020; sampling the number of channels before the channels is Bao et al., Channel Vision Transformers,
-ICLR 2024.
+Kernels, CVPR 2020; kernels generated from a channel's identity are Ha et al., HyperNetworks, ICLR 2017; sampling the
+number of channels before the channels, and the scale, are Bao et al., Channel Vision Transformers, ICLR 2024.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 
@@ -30,56 +35,35 @@ from torch import Tensor, nn
 import dynconv_ext
 from dynconv_ext.temperature import AnnealedTemperature
 
+from .channels import RGB, channel_places, check_present, checked_names
 
-def sample_channels(
-    channels: Sequence[str] = ("R", "G", "B"), generator: torch.Generator | None = None
-) -> tuple[str, ...]:
-    """Draw a subset of channels for one training step: m uniform in 1..C, then m of the C channels, uniformly.
-
-    A coin for every channel would draw middling numbers of channels most of the time; this draws one channel as often
-    as all of them.
-
-    Args:
-        channels: The names to choose from.
-        generator: A CPU generator; the global one if None.
-
-    Returns:
-        The chosen names, in the order of ``channels``.
-
-    Raises:
-        ValueError: If there are no channels.
-
-    Example:
-        >>> sample_channels(("R",))
-        ('R',)
-    """
-    if not channels:
-        raise ValueError("channels: got none, expected at least one name")
-    count = int(torch.randint(1, len(channels) + 1, (), generator=generator))
-    chosen = torch.randperm(len(channels), generator=generator)[:count].sort().values
-    return tuple(channels[index] for index in chosen.tolist())
+#: Numbers in a channel's identity.
+IDENTITY_SIZE = 8
 
 
 class SharedChannelAttention(nn.Module):
     """Kernel logits from the channels of an input, whatever their number and order.
 
-    Mean and standard deviation of a channel -> Linear -> ReLU, shared by all; mean over the channels -> Linear.
+    Mean, standard deviation and identity of a channel -> Linear -> ReLU, shared by all; mean over channels -> Linear.
 
     Args:
         num_kernels: K, the number of logits.
+        identity_size: E.
         hidden: Width of the shared layer.
     """
 
-    def __init__(self, num_kernels: int, hidden: int = 16) -> None:
+    def __init__(self, num_kernels: int, identity_size: int = IDENTITY_SIZE, hidden: int = 16) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(2, hidden)
+        self.fc1 = nn.Linear(2 + identity_size, hidden)
         self.fc2 = nn.Linear(hidden, num_kernels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, identity: Tensor, present: Tensor | None = None) -> Tensor:
         """Logits.
 
         Args:
             x: (N, m, H, W), any m >= 1.
+            identity: (m, E).
+            present: (N, m), bool; None: all.
 
         Returns:
             (N, K).
@@ -87,15 +71,63 @@ class SharedChannelAttention(nn.Module):
         # A mean over a large plane loses digits in half precision.
         plane = x.flatten(2) if x.dtype in (torch.float32, torch.float64) else x.flatten(2).float()
         variance, mean = torch.var_mean(plane, dim=2, correction=0)
-        # The epsilon keeps the gradient of the root finite on a constant channel.
+        # The constant keeps the gradient of the root finite on a flat channel.
         statistics = torch.stack((mean, (variance + 1e-6).sqrt()), dim=2).to(self.fc1.weight.dtype)
-        return self.fc2(F.relu(self.fc1(statistics)).mean(dim=1))
+        hidden = F.relu(self.fc1(torch.cat((statistics, identity.expand(len(x), -1, -1)), dim=2)))
+        if present is None:
+            return self.fc2(hidden.mean(dim=1))
+        weight = present.to(hidden.device, hidden.dtype)
+        return self.fc2((hidden * weight[:, :, None]).sum(dim=1) / weight.sum(dim=1, keepdim=True))
+
+
+class KernelGenerator(nn.Module):
+    """Kernels of a channel within a set: identity, mean identity of the set and its size -> Linear -> ReLU -> Linear.
+
+    The last layer starts at zero.
+
+    Args:
+        size: Number of weights of one channel's kernels.
+        identity_size: E.
+        hidden: Width of the layer between.
+    """
+
+    def __init__(self, size: int, identity_size: int = IDENTITY_SIZE, hidden: int = 32) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(2 * identity_size + 1, hidden)
+        self.fc2 = nn.Linear(hidden, size, bias=False)
+        nn.init.zeros_(self.fc2.weight)
+
+    def forward(self, identity: Tensor, sets: Tensor, context: Tensor, reference: int) -> Tensor:
+        """Kernels of every channel in every set.
+
+        Args:
+            identity: (m, E), of the channels that want kernels.
+            sets: (S, M), bool: which channels each set has.
+            context: (M, E), identities of the channels that the sets are of.
+            reference: The number of channels that counts as size 1.
+
+        Returns:
+            (S, m, size).
+        """
+        member = sets.to(context.device, context.dtype)
+        size = member.sum(dim=1, keepdim=True)
+        described = torch.cat((member @ context / size, size / reference), dim=1)
+        count = len(identity)
+        pairs = torch.cat(
+            (identity.expand(len(member), -1, -1), described[:, None].expand(-1, count, -1)),
+            dim=2,
+        )
+        hidden = F.relu(self.fc1(pairs))
+        # A mean, not a sum, over the hidden units: one step of an optimiser then moves a kernel as far as the table's.
+        return self.fc2(hidden / hidden.shape[2])
 
 
 class VariableInputConv(AnnealedTemperature):
-    """Convolution over any subset of named channels, with K learned kernels mixed per sample.
+    """Convolution over any set of named channels, with K learned kernels mixed per sample; see the head of this module.
 
     All parameters exist from construction on, so optimisers and checkpoints see the same ones whatever the inputs are.
+    Train it on sets drawn by :func:`sample_channel_sets`, on normalised channels (:class:`ChannelNorm`), and call
+    :meth:`anneal` as training goes on.
 
     Args:
         out_channels: O.
@@ -104,11 +136,22 @@ class VariableInputConv(AnnealedTemperature):
         padding: As in ``nn.Conv2d``; zeros, in pixels.
         dilation: As in ``nn.Conv2d``.
         groups: G. Channel i of the table feeds group ``i // (C / G)``, as in ``nn.Conv2d``, also when others are
-            missing; the scale is then each group's own, and a group without channels gives its bias alone.
+            missing; C / m is then each group's own, a group without channels gives its bias alone, and there is no
+            place for channels of unknown identity.
         bias: Whether there is one.
         num_kernels: K.
         temperature: Of the softmax, at first; see :meth:`anneal` and :meth:`set_temperature`.
         channels: Names of the C channels of the table.
+        attention: Whether the mixture depends on the input; without, it is 1 / K each.
+        residual: Whether there is a generated residual.
+        gain: Whether the gain of a set size is learned.
+
+    Attributes:
+        weight: (K, O, C / G, kH, kW).
+        bias: (K, O) or None.
+        identity: (C + 1, E), the last one that of unknown channels; None where nothing uses it.
+        log_gain: (C,), the logarithm of the gain of sets of 1 to C channels; larger sets take the last. Or None.
+        temperature: buffer, one number.
 
     Shape:
         input (N, m, H, W), output (N, O, Ho, Wo) with Ho and Wo as of ``nn.Conv2d``.
@@ -120,7 +163,7 @@ class VariableInputConv(AnnealedTemperature):
         >>> conv = VariableInputConv(8, kernel_size=3, padding=1)
         >>> conv(torch.ones(2, 3, 5, 5)).shape
         torch.Size([2, 8, 5, 5])
-        >>> conv(torch.ones(2, 2, 5, 5), channels=("B", "R")).shape
+        >>> conv(torch.ones(2, 3, 5, 5), channels=("B", None, "R")).shape
         torch.Size([2, 8, 5, 5])
     """
 
@@ -135,12 +178,13 @@ class VariableInputConv(AnnealedTemperature):
         bias: bool = True,
         num_kernels: int = 4,
         temperature: float = 30.0,
-        channels: Sequence[str] = ("R", "G", "B"),
+        channels: Sequence[str] = RGB,
+        attention: bool = True,
+        residual: bool = True,
+        gain: bool = True,
     ) -> None:
         super().__init__()
-        channels = tuple(channels)
-        if not channels or len(set(channels)) != len(channels):
-            raise ValueError(f"channels: got {channels!r}, expected at least one name, each once")
+        channels = checked_names(channels)
         if groups < 1 or len(channels) % groups or out_channels < 1 or out_channels % groups:
             raise ValueError(
                 f"groups: got {groups}, expected a divisor of len(channels) = {len(channels)} and "
@@ -156,51 +200,90 @@ class VariableInputConv(AnnealedTemperature):
         self.groups = groups
         self.num_kernels = num_kernels
         self.channels = channels
+        #: Whether there are kernels for channels of unknown identity.
+        self.takes_unknown = groups == 1
         self.weight = nn.Parameter(torch.empty(num_kernels, out_channels, len(channels) // groups, *self.kernel_size))
-        if bias:
-            self.bias = nn.Parameter(torch.empty(num_kernels, out_channels))
-        else:
-            self.register_parameter("bias", None)
-        self.attention = SharedChannelAttention(num_kernels)
+        self.bias = nn.Parameter(torch.empty(num_kernels, out_channels)) if bias else None
+        # A mixture of one kernel needs no attention.
+        attention = attention and num_kernels > 1
+        shape = (len(channels) + 1, IDENTITY_SIZE)
+        self.identity = nn.Parameter(torch.empty(shape)) if attention or residual else None
+        self.attention = SharedChannelAttention(num_kernels) if attention else None
+        self.generator = KernelGenerator(out_channels // groups * math.prod(self.kernel_size)) if residual else None
+        self.log_gain = nn.Parameter(torch.empty(len(channels))) if gain else None
         self.register_temperature(temperature)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw every kernel as ``nn.Conv2d`` does, and the attention as ``nn.Linear`` does."""
+        """Draw every kernel as ``nn.Conv2d`` does and the small networks as ``nn.Linear`` does; no residual, gain 1."""
         bound = 1 / math.sqrt(self.weight[0, 0].numel())
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
-        self.attention.fc1.reset_parameters()
-        self.attention.fc2.reset_parameters()
+        if self.identity is not None:
+            nn.init.normal_(self.identity)
+        if self.attention is not None:
+            self.attention.fc1.reset_parameters()
+            self.attention.fc2.reset_parameters()
+        if self.generator is not None:
+            self.generator.fc1.reset_parameters()
+            nn.init.zeros_(self.generator.fc2.weight)
+        if self.log_gain is not None:
+            nn.init.zeros_(self.log_gain)
 
     def extra_repr(self) -> str:
         """Arguments, for ``repr``."""
+        parts = {"attention": self.attention, "residual": self.generator, "gain": self.log_gain}
         return (
             f"{self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, "
             f"dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}, "
             f"num_kernels={self.num_kernels}, temperature={float(self.temperature):g}, channels={self.channels}"
+            + "".join(f", {name}=False" for name, part in parts.items() if part is None)
         )
 
-    def forward(self, x: Tensor, channels: Sequence[str] | None = None) -> Tensor:
+    def forward(self, x: Tensor, channels: Sequence[str | None] | None = None, present: Tensor | None = None) -> Tensor:
         """Convolve.
 
         Args:
             x: (N, m, H, W).
-            channels: Names of the m channels of ``x``, in their order in ``x``; None means all, in the table's order.
+            channels: Names of the m channels of ``x``, in their order in ``x``, None for one of unknown identity. If
+                not given: the first m of the table; a single channel is one of unknown identity, unless the table has
+                only one.
+            present: (N, m), bool, preferably on the CPU: which of the named channels each sample has. What ``x`` holds
+                for the others must be finite and does not matter otherwise. None: all.
 
         Returns:
             (N, O, Ho, Wo).
 
         Raises:
-            ValueError: If the names do not fit ``x`` or the table.
+            ValueError: If the names do not fit ``x`` or the table, or ``present`` does not fit ``x``.
         """
-        index = self._channel_index(x, channels)
-        # Divided here: a number for the operator would mean reading the buffer back from the device.
-        return self._convolve(x, index, self.attention(x) / self.temperature, None, temperature=1.0)
+        places = self._places(x, channels)
+        check_present(x, present)
+        return self._convolve(x, places, present, self._mixture(x, places, present))
+
+    def mixture(self, x: Tensor, channels: Sequence[str | None] | None = None, present: Tensor | None = None) -> Tensor:
+        """The mixing weights that :meth:`forward` takes.
+
+        Args:
+            x, channels, present: As in :meth:`forward`.
+
+        Returns:
+            (N, K); each row sums to 1.
+
+        Raises:
+            ValueError: As :meth:`forward`.
+        """
+        check_present(x, present)
+        return self._mixture(x, self._places(x, channels), present)
 
     def convolve(
-        self, x: Tensor, mix: Tensor, channels: Sequence[str] | None = None, scale: float | None = None
+        self,
+        x: Tensor,
+        mix: Tensor,
+        channels: Sequence[str | None] | None = None,
+        scale: float | None = None,
+        context: Sequence[str | None] | None = None,
     ) -> Tensor:
         """Convolve with given mixing weights in place of the attention's.
 
@@ -208,7 +291,8 @@ class VariableInputConv(AnnealedTemperature):
             x: (N, m, H, W).
             mix: (N, K), any real numbers.
             channels: As in :meth:`forward`.
-            scale: Factor of the kernels (not of the bias) in place of C / m.
+            scale: Factor of the input in place of C / m times the gain.
+            context: The set that the residual sees; that of ``x`` if None.
 
         Returns:
             (N, O, Ho, Wo).
@@ -216,59 +300,99 @@ class VariableInputConv(AnnealedTemperature):
         Raises:
             ValueError: If the names do not fit ``x`` or the table.
         """
-        return self._convolve(x, self._channel_index(x, channels), mix, scale, temperature=None)
+        places = self._places(x, channels)
+        around = None if context is None else self._places(x.new_empty(0, len(tuple(context)), 1, 1), context)
+        return self._convolve(x, places, None, mix, scale, around)
 
-    def _channel_index(self, x: Tensor, channels: Sequence[str] | None) -> list[int]:
-        """Place in the table of every channel of ``x``."""
-        if x.dim() != 4:
-            raise ValueError(f"x: got shape {tuple(x.shape)}, expected (N, channels, H, W)")
-        if channels is None:
-            if x.shape[1] != len(self.channels):
-                raise ValueError(
-                    f"channels: got None for an x of {x.shape[1]} channels, expected their names out of {self.channels}"
-                )
-            return list(range(len(self.channels)))
-        channels = tuple(channels)
-        for name in channels:
-            if name not in self.channels:
-                near = difflib.get_close_matches(str(name), self.channels, n=1, cutoff=0.3)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"channels: got {name!r}, expected names out of {self.channels}{hint}")
-        if not channels or len(set(channels)) != len(channels) or len(channels) != x.shape[1]:
-            raise ValueError(
-                f"channels: got {channels!r}, expected {x.shape[1]} names, one for each channel of x, each once"
-            )
-        return [self.channels.index(name) for name in channels]
+    def _places(self, x: Tensor, channels: Sequence[str | None] | None) -> list[int]:
+        places = channel_places(x, channels, self.channels)
+        if self.groups > 1 and len(self.channels) in places:
+            raise ValueError("channels: got one of unknown identity, for which a convolution with groups has no place")
+        return places
+
+    def _mixture(self, x: Tensor, places: list[int], present: Tensor | None) -> Tensor:
+        if self.attention is None:
+            return self.weight.new_full((len(x), self.num_kernels), 1 / self.num_kernels)
+        logits = self.attention(x, self.identity[places], present)
+        # Divided here: a number for the operator would mean reading the buffer back from the device.
+        return torch.softmax(logits / self.temperature, dim=1)
 
     def _convolve(
-        self, x: Tensor, index: list[int], attention: Tensor, scale: float | None, temperature: float | None
+        self,
+        x: Tensor,
+        places: list[int],
+        present: Tensor | None,
+        mix: Tensor,
+        scale: float | None = None,
+        context: list[int] | None = None,
     ) -> Tensor:
-        total = len(self.channels)
-        weight = self.weight
-        if self.groups == 1:
-            if index != list(range(total)):
-                weight = weight[:, :, index]
-            factor = total / len(index) if scale is None else scale
-            if factor != 1:
-                weight = weight * factor
-        elif index != list(range(total)) or scale is not None:
+        if present is None:
+            sets, which = torch.ones(1, len(places), dtype=torch.bool), torch.zeros(len(x), dtype=torch.int64)
+        else:
+            sets, which = torch.unique(present.cpu(), dim=0, return_inverse=True)
+        factor = self._factors(places, sets) if scale is None else sets * scale
+        if present is not None or (factor != 1).any():
+            x = x * factor[which].to(x.device, x.dtype)[:, :, None, None]
+        if self.groups > 1 and places != list(range(len(self.channels))):
             # Channels stay in their groups: fill the missing ones with zeros, which add nothing.
-            per_group = total // self.groups
-            present = [sum(place // per_group == group for place in index) for group in range(self.groups)]
-            factors = [per_group / present[place // per_group] if scale is None else scale for place in index]
-            x = x * x.new_tensor(factors)[:, None, None]
-            x = x.new_zeros(x.shape[0], total, *x.shape[2:]).index_copy(1, torch.tensor(index, device=x.device), x)
+            full = x.new_zeros(len(x), len(self.channels), *x.shape[2:])
+            x = full.index_copy(1, torch.tensor(places, device=x.device), x)
+        which = which.to(x.device)
+        bank, attention, bias = self._table(places), mix, self.bias
+        if self.generator is not None:
+            if context is None:
+                residual = self._residual(places, sets, places)
+            else:
+                residual = self._residual(places, torch.ones(1, len(context), dtype=torch.bool), context)
+            bank = torch.cat((bank, residual))
+            attention = torch.cat((mix, F.one_hot(which, len(sets)).to(mix.dtype)), dim=1)
+            bias = None if bias is None else torch.cat((bias, bias.new_zeros(len(sets), self.out_channels)))
+        if self.log_gain is not None and scale is None:
+            attention = attention * self._gain(sets)[which, None]
         return dynconv_ext.dynamic_conv2d(
             x,
-            weight,
+            bank,
             attention,
-            self.bias,
+            bias,
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
             groups=self.groups,
-            temperature=temperature,
         )
+
+    def _slots(self, places: list[int]) -> list[int]:
+        """The channels that the convolution itself gets: with groups all of the table, in its order."""
+        return list(range(len(self.channels))) if self.groups > 1 else places
+
+    def _factors(self, places: list[int], sets: Tensor) -> Tensor:
+        """C / m for every channel that a set has, 0 for the others; of each group by itself. (S, m) -> (S, m)."""
+        per_group = len(self.channels) // self.groups
+        group = torch.tensor(places if self.groups > 1 else [0] * len(places)) // per_group
+        together = (group[:, None] == group).float()
+        return sets * per_group / (sets.float() @ together).clamp(min=1)
+
+    def _gain(self, sets: Tensor) -> Tensor:
+        """The gain of each set's size, (S,)."""
+        size = sets.sum(dim=1).clamp(max=len(self.channels))
+        return self.log_gain[(size - 1).to(self.log_gain.device)].exp()
+
+    def _table(self, places: list[int]) -> Tensor:
+        """K kernels of the channels that the convolution gets, (K, O, channels / G, kH, kW)."""
+        slots, known = self._slots(places), len(self.channels)
+        if slots == list(range(known)):
+            return self.weight
+        table = self.weight
+        if known in slots:
+            table = torch.cat((table, table.mean(dim=2, keepdim=True)), dim=2)
+        return table[:, :, slots]
+
+    def _residual(self, places: list[int], sets: Tensor, context: list[int]) -> Tensor:
+        """One kernel a set for the channels that the convolution gets, (S, O, channels / G, kH, kW)."""
+        identity = self.identity[self._slots(places)]
+        made = self.generator(identity, sets, self.identity[context], len(self.channels))
+        # (S, G * channels / G, O / G * kH * kW): a channel makes kernels for the outputs of its own group.
+        made = made.view(len(sets), self.groups, -1, self.out_channels // self.groups, *self.kernel_size)
+        return made.transpose(2, 3).reshape(len(sets), self.out_channels, -1, *self.kernel_size)
 
     @classmethod
     def from_conv2d(
@@ -276,7 +400,10 @@ class VariableInputConv(AnnealedTemperature):
         conv: nn.Conv2d,
         num_kernels: int = 4,
         temperature: float = 30.0,
-        channels: Sequence[str] = ("R", "G", "B"),
+        channels: Sequence[str] = RGB,
+        attention: bool = True,
+        residual: bool = True,
+        gain: bool = True,
     ) -> VariableInputConv:
         """A module that gives what ``conv`` gives on the full set of channels: all K kernels are copies of its kernel.
 
@@ -284,8 +411,7 @@ class VariableInputConv(AnnealedTemperature):
 
         Args:
             conv: The convolution; ``padding_mode`` must be ``"zeros"`` and ``padding`` given in pixels.
-            num_kernels: K.
-            temperature: Of the softmax.
+            num_kernels, temperature, attention, residual, gain: As of the class.
             channels: Names of the input channels of ``conv``.
 
         Returns:
@@ -311,6 +437,9 @@ class VariableInputConv(AnnealedTemperature):
             num_kernels,
             temperature,
             channels,
+            attention,
+            residual,
+            gain,
         ).to(conv.weight.device, conv.weight.dtype)
         with torch.no_grad():
             module.weight.copy_(conv.weight.expand_as(module.weight))
@@ -318,8 +447,9 @@ class VariableInputConv(AnnealedTemperature):
                 module.bias.copy_(conv.bias.expand_as(module.bias))
         return module
 
-    def to_conv2d(self, channels: Sequence[str] | None = None, mix: Sequence[float] | None = None) -> nn.Conv2d:
-        """The plain convolution of one set of channels under one mixture.
+    @torch.no_grad()
+    def to_conv2d(self, channels: Sequence[str | None] | None = None, mix: Sequence[float] | None = None) -> nn.Conv2d:
+        """The plain convolution of one set of channels under one mixture: residual, scale and gain are in its kernel.
 
         Args:
             channels: Names of its input channels, in their order; None means all of the table.
@@ -333,18 +463,16 @@ class VariableInputConv(AnnealedTemperature):
                 channels are not all there in the table's order.
         """
         names = self.channels if channels is None else tuple(channels)
-        index = self._channel_index(self.weight.new_empty(0, len(names), 1, 1), names)
-        if self.groups > 1 and index != list(range(len(self.channels))):
+        places = self._places(self.weight.new_empty(0, len(names), 1, 1), names)
+        if self.groups > 1 and places != list(range(len(self.channels))):
             raise ValueError(
                 f"channels: got {names!r}, expected {self.channels}: with groups a convolution needs them all"
             )
-        weights = self.weight.new_full((self.num_kernels,), 1 / self.num_kernels) if mix is None else None
-        if weights is None:
-            weights = self.weight.new_tensor(list(mix or ()))
+        weights = self.weight.new_tensor([1 / self.num_kernels] * self.num_kernels if mix is None else list(mix))
         if weights.shape != (self.num_kernels,):
             raise ValueError(f"mix: got {len(weights)} weights, expected num_kernels = {self.num_kernels}")
         conv = nn.Conv2d(
-            len(index),
+            len(places),
             self.out_channels,
             self.kernel_size,
             self.stride,
@@ -355,13 +483,15 @@ class VariableInputConv(AnnealedTemperature):
             device=self.weight.device,
             dtype=self.weight.dtype,
         )
-        with torch.no_grad():
-            weight = torch.tensordot(weights, self.weight, dims=1)
-            if self.groups == 1:
-                weight = weight[:, index] * (len(self.channels) / len(index))
-            conv.weight.copy_(weight)
-            if conv.bias is not None and self.bias is not None:
-                conv.bias.copy_(weights @ self.bias)
+        everything = torch.ones(1, len(places), dtype=torch.bool)
+        weight = torch.tensordot(weights, self._table(places), dims=1)
+        if self.generator is not None:
+            weight = weight + self._residual(places, everything, places)[0]
+        gain = 1 if self.log_gain is None else self._gain(everything)
+        scale = 1 if self.groups > 1 else len(self.channels) / len(places)
+        conv.weight.copy_(weight * scale * gain)
+        if conv.bias is not None and self.bias is not None:
+            conv.bias.copy_(weights @ self.bias * gain)
         return conv
 
 

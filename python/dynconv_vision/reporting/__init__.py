@@ -3,5 +3,6 @@
 
 from .report import write_report
 from .results import Results, ResultsError, load_history, load_results
+from .summary import write_summary
 
-__all__ = ["Results", "ResultsError", "load_history", "load_results", "write_report"]
+__all__ = ["Results", "ResultsError", "load_history", "load_results", "write_report", "write_summary"]

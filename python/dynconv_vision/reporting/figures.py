@@ -25,15 +25,19 @@ _COLOURS = {
     "resnet34": "#0072B2",
     "task1_published": "#D55E00",
     "task2_published": "#D55E00",
+    "static_resnet18": "#E69F00",
+    "specialists": "#999999",
     "variable_resnet18": "#009E73",
 }
-_MORE_COLOURS = ("#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+_MORE_COLOURS = ("#CC79A7", "#56B4E9", "#F0E442", "#7F7F7F")
 
 _LABELS = {
     "resnet18": "ResNet-18",
     "resnet34": "ResNet-34",
     "task1_published": "VariableInputConv, published",
     "task2_published": "Task II network, published",
+    "static_resnet18": "static stem, sampled channels",
+    "specialists": "specialists, one a set",
     "variable_resnet18": "VariableInputConv, ours",
 }
 
@@ -239,9 +243,41 @@ def draw_channels(path: Path, results: Results, title: str) -> bool:
         Whether there was anything to draw.
     """
     known = {key for entry in results.models.values() for key in entry.get("channels", {})}
-    bars = {key: f"channels.{key}" for key in (*CHANNEL_SETS, *sorted(known - set(CHANNEL_SETS)))}
-    names = [name for name, entry in results.models.items() if entry.get("channels")]
+    more = sorted(known - set(CHANNEL_SETS))
+    # More groups of bars than this cannot be read.
+    bars = {key: f"channels.{key}" for key in (*CHANNEL_SETS, *(more if len(more) <= 5 else ()))}
+    names = [name for name, entry in results.models.items() if len(entry.get("channels", ())) > 1]
+    names = names or [name for name, entry in results.models.items() if entry.get("channels")]
     return _draw_bars(path, title, results, names, bars, "channels of the test images", "test accuracy (%)")
+
+
+def draw_set_bars(path: Path, values: Mapping[str, Mapping[str, tuple[float, float, float]]], title: str) -> None:
+    """Test accuracy on the seven sets of channels, with intervals.
+
+    Args:
+        path: The PNG to write.
+        values: By network and set: accuracy and the limits of its interval, in percent; sets may be missing.
+        title: Above the picture.
+    """
+    colours = model_colours(list(values))
+    width = 0.84 / len(values)
+    figure = _new_figure(11, 4.8)
+    axes = figure.subplots()
+    for place, (name, row) in enumerate(values.items()):
+        groups = [group for group, each in enumerate(CHANNEL_SETS) if each in row]
+        means, lows, highs = zip(*(row[CHANNEL_SETS[group]] for group in groups), strict=True)
+        x = [group + width * (place + 0.5 - len(values) / 2) for group in groups]
+        reach = [[m - low for m, low in zip(means, lows, strict=True)]]
+        reach += [[high - m for m, high in zip(means, highs, strict=True)]]
+        axes.bar(x, means, width * 0.92, color=colours[name], yerr=reach, error_kw={"ecolor": _INK, "elinewidth": 1})
+    axes.set_xticks(range(len(CHANNEL_SETS)), CHANNEL_SETS)
+    axes.set_xlabel("channels of the test images")
+    axes.set_ylabel("test accuracy (%), 95 % interval")
+    _style(axes)
+    axes.tick_params(axis="x", length=0)
+    _bar_legend(figure, list(values), marked=False)
+    figure.suptitle(title)
+    _save(figure, path)
 
 
 def draw_complexity(path: Path, results: Results, title: str) -> bool:

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from dynconv_vision.models import list_models
+
 from .figures import draw_accuracy, draw_channels, draw_complexity, draw_learning_curves
 from .results import MODEL_KEYS, Results, load_history, load_results
 from .source_report import (
@@ -61,7 +63,7 @@ def _format(key: str, value: float | None) -> str:
     return f"{value:.2f} %"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int) -> str:
     """A Markdown table, padded so that it reads as text, too; columns from ``numbers_from`` on are right-aligned."""
     widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
 
@@ -95,7 +97,7 @@ def _figure_table(figure: SourceFigure, results: Results) -> str:
             measured = _format(key, results.number(model, key))
             rows.append([f"`{model}`", row.quantity, _format(key, row.published), _corrected_cell(row), measured])
     header = ["network", "quantity", "published", "corrected", "measured"]
-    return _table(header, rows, numbers_from=2)
+    return markdown_table(header, rows, numbers_from=2)
 
 
 def _channels_table(results: Results) -> str:
@@ -103,12 +105,12 @@ def _channels_table(results: Results) -> str:
     published = {row.quantity: row for row in FIGURE_3.rows}
     more = {key for entry in results.models.values() for key in entry.get("channels", {})} - set(CHANNEL_SETS)
     rows = []
-    for name in [*CHANNEL_SETS, *sorted(more)]:
+    for name in [*CHANNEL_SETS, *sorted(more, key=lambda each: (len(each), each))]:
         row = published.get(name)
         cells = [name, _format("acc", row and row.published), _format("acc", row and row.corrected)]
         rows.append(cells + [_format("acc", results.number(model, f"channels.{name}")) for model in results.models])
     header = ["channels", "published", "corrected", *(f"measured `{model}`" for model in results.models)]
-    return _table(header, rows, numbers_from=1)
+    return markdown_table(header, rows, numbers_from=1)
 
 
 def _share_table(results: Results) -> str:
@@ -124,7 +126,7 @@ def _share_table(results: Results) -> str:
         source = share(corrected(model, "test_acc"), corrected("resnet34", "test_acc"))
         measured = share(results.number(model, "test_acc"), results.number("resnet34", "test_acc"))
         rows.append([f"`{model}`", f"{TASK2_GOAL:g} %", source, source, measured])
-    return _table(["network", "goal", "published", "corrected", "measured"], rows, numbers_from=1)
+    return markdown_table(["network", "goal", "published", "corrected", "measured"], rows, numbers_from=1)
 
 
 def _settings_text(results: Results) -> str:
@@ -151,7 +153,7 @@ def _missing(results: Results) -> list[str]:
         gone = [_QUANTITIES[key] for key in MODEL_KEYS if key not in entry]
         if gone:
             missing.append(f"`{model}`: {', '.join(gone)}.")
-        if results.task == "task1":
+        if results.task == "task1" and model in list_models("task1"):
             sets = [name for name in CHANNEL_SETS if name not in entry.get("channels", {})]
             if sets:
                 missing.append(f"`{model}`: test accuracy on {', '.join(sets)}.")
@@ -202,7 +204,7 @@ def write_report(run_dir: str | Path) -> str:
         lines += ["## Test accuracy as a share of ResNet-34's", "", _share_table(results), ""]
 
     times = [[f"`{model}`", _format("seconds", results.number(model, "seconds"))] for model in results.models]
-    lines += ["## Training time", "", _table(["network", "measured"], times, numbers_from=1), ""]
+    lines += ["## Training time", "", markdown_table(["network", "measured"], times, numbers_from=1), ""]
 
     size = f"{results.settings.get('image_size', 'unknown')} px"
     drawings = [

@@ -9,7 +9,7 @@ from .config import StudyError, TrainConfig
 from .datamodule import Batch, EvaluationLoader, ImageDataModule, TrainLoader, epoch_order, prepare_images
 from .hardware import describe_hardware, resolve_device, resolve_precision
 from .module import CHANNELS, ClassificationModule, select_channels
-from .train import TrainResult, evaluate_model, train_model
+from .train import Predictions, TrainResult, evaluate_model, predict, train_model
 
 __all__ = [
     "CHANNELS",
@@ -19,6 +19,7 @@ __all__ = [
     "EvaluationLoader",
     "ImageDataModule",
     "ModelCard",
+    "Predictions",
     "StudyError",
     "TrainConfig",
     "TrainLoader",
@@ -28,6 +29,7 @@ __all__ = [
     "epoch_order",
     "evaluate_model",
     "load_network",
+    "predict",
     "prepare_images",
     "read_card",
     "read_checkpoint",

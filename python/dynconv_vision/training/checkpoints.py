@@ -17,6 +17,7 @@ from .config import StudyError
 _FORMAT = 1
 _KEY = "dynconv_vision"
 _PREFIX = "model."
+_AVERAGE = "average.module."
 
 
 @dataclass(frozen=True)
@@ -150,12 +151,14 @@ def load_network(path: Path) -> tuple[nn.Module, ModelCard]:
 
 
 def load_weights(model: nn.Module, checkpoint: dict[str, Any], complaint: str) -> None:
-    """Copy a checkpoint's weights into `model`.
+    """Copy a checkpoint's weights into `model`: their moving averages if it has them.
 
     Raises:
         StudyError: Names or shapes differ; the text starts with `complaint` and names the first difference.
     """
-    weights = {k.removeprefix(_PREFIX): v for k, v in checkpoint["state_dict"].items() if k.startswith(_PREFIX)}
+    saved = checkpoint["state_dict"]
+    prefix = _AVERAGE if any(name.startswith(_AVERAGE) for name in saved) else _PREFIX
+    weights = {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         if name not in weights:

@@ -10,9 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from dynconv_vision.data import CHANNEL_NAMES
+
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "float32", "bf16")
 SCHEDULES = ("constant", "cosine")
+OPTIMIZERS = ("adam", "adamw", "sgd")
+AUGMENTATIONS = ("none", "light", "strong")
+CHANNEL_SAMPLINGS = ("none", "step", "image")
 _LARGEST_SEED = 2**63 - 1  # what torch.manual_seed takes
 
 
@@ -27,15 +32,23 @@ class TrainConfig:
     Attributes:
         epochs: Passes over the training images.
         batch_size: Images per step and per process.
-        learning_rate: Adam's step size (its peak under a schedule).
-        weight_decay: L2 penalty, as `torch.optim.Adam` defines it.
+        optimizer: "adam", "adamw", or "sgd" with Nesterov's momentum of 0.9.
+        learning_rate: The optimiser's step size (its peak under a schedule).
+        weight_decay: As `torch.optim`'s class of the optimiser defines it; AdamW's is not a penalty.
         schedule: "constant" or "cosine" (to zero at the end of the last epoch).
         warmup_epochs: Epochs of linear warm-up from zero; may be a fraction.
         gradient_clip: Greatest L2 norm of all gradients together; None clips nothing.
         label_smoothing: Share of the target given to all classes evenly, in [0, 1).
         early_stop_patience: Stop after so many epochs in a row without a better validation accuracy; None never stops.
-        augment: Random crops and horizontal flips of the training images, drawn per image.
-        channel_sampling: Train on random subsets of the channels, see `dynconv_vision.models.sample_channels`.
+        augment: "none"; "light": random crops and horizontal flips of the training images; "strong": crops of random
+            size, flips, colours and erased boxes. Drawn per image.
+        ema_decay: Test and validate with exponential moving averages of weights and buffers, of this decay a step; None
+            takes the weights themselves.
+        channels: Names of the channels that the images are given in, see `dynconv_vision.data.derive_channels`.
+        channel_sampling: "none"; or train on random sets of the channels, one drawn for every "image" or one for all of
+            a "step", see `dynconv_vision.models.sample_channels`. Validation is then on drawn sets as well, always the
+            same for an image.
+        unknown_share: Share of the steps in which one channel is shown without its name.
         temperature_anneal: Share of the epochs over which modules with a temperature schedule go from its start to its
             end; None leaves their temperature alone.
         seed: Decides the weights at the start, the order of the batches and everything drawn during training.
@@ -43,12 +56,15 @@ class TrainConfig:
         precision: One of PRECISIONS; "bf16" is bfloat16 autocast over float32 weights, "auto" takes it where the
             hardware multiplies bfloat16 matrices natively (CUDA from Ampere on, CPUs with AMX or AVX512-BF16).
         channels_last: Keep images and weights in the channels-last memory format.
+        workers: Processes that fetch and augment training images; None: a few beside a GPU where there is something to
+            augment, none elsewhere. Results do not depend on it.
         checkpoint_minutes: Save `last.ckpt` inside an epoch whenever this long has passed since the last save.
         checkpoint_steps: Save `last.ckpt` inside an epoch every so many steps as well; None does not.
     """
 
     epochs: int = 30
     batch_size: int = 32
+    optimizer: str = "adam"
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     schedule: str = "constant"
@@ -56,13 +72,17 @@ class TrainConfig:
     gradient_clip: float | None = None
     label_smoothing: float = 0.0
     early_stop_patience: int | None = None
-    augment: bool = False
-    channel_sampling: bool = False
+    augment: str = "none"
+    ema_decay: float | None = None
+    channels: tuple[str, ...] = ("R", "G", "B")
+    channel_sampling: str = "none"
+    unknown_share: float = 0.0
     temperature_anneal: float | None = 1 / 3
     seed: int = 0
     device: str = "auto"
     precision: str = "auto"
     channels_last: bool = True
+    workers: int | None = None
     checkpoint_minutes: float = 5.0
     checkpoint_steps: int | None = None
 
@@ -83,16 +103,32 @@ class TrainConfig:
             _require_int(self, "early_stop_patience", 1)
         if self.checkpoint_steps is not None:
             _require_int(self, "checkpoint_steps", 1)
-        for name, allowed in (("device", DEVICES), ("precision", PRECISIONS), ("schedule", SCHEDULES)):
+        if self.workers is not None:
+            _require_int(self, "workers", 0)
+        if self.ema_decay is not None:
+            _require_number(self, "ema_decay", 0.0, below=1.0)
+        _require_number(self, "unknown_share", 0.0, below=1.0)
+        # From JSON it comes as a list.
+        object.__setattr__(self, "channels", tuple(self.channels))
+        names = self.channels
+        if not names or len(set(names)) != len(names) or not set(names) <= set(CHANNEL_NAMES):
+            raise StudyError(f"channels: got {names!r}, expected different names out of {', '.join(CHANNEL_NAMES)}")
+        for name, allowed in (
+            ("device", DEVICES),
+            ("precision", PRECISIONS),
+            ("schedule", SCHEDULES),
+            ("optimizer", OPTIMIZERS),
+            ("augment", AUGMENTATIONS),
+            ("channel_sampling", CHANNEL_SAMPLINGS),
+        ):
             if getattr(self, name) not in allowed:
                 raise StudyError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
-        for name in ("augment", "channel_sampling", "channels_last"):
-            if not isinstance(getattr(self, name), bool):
-                raise StudyError(f"{name}: got {getattr(self, name)!r}, expected true or false")
+        if not isinstance(self.channels_last, bool):
+            raise StudyError(f"channels_last: got {self.channels_last!r}, expected true or false")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON types."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"channels": list(self.channels)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

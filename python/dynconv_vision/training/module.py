@@ -11,10 +11,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from dynconv_vision.models import sample_channels
+from dynconv_vision.data import derive_channels
+from dynconv_vision.models import sample_channel_sets, sample_channels
 
 from .config import StudyError, TrainConfig
 from .datamodule import Batch, mix_seed
@@ -26,18 +28,19 @@ class ClassificationModule(pl.LightningModule):
     """Cross-entropy training of an image classifier.
 
     Logs train_loss, train_acc, val_loss and val_acc, accuracies in percent; those of training are means over the epoch
-    while the weights change, over the channels that each step drew.
+    while the weights change, over the channels that were drawn; so are those of validation, on a draw that stays.
 
     Args:
         model: Network from images (B, 3, S, S) in [0, 1] to logits (B, num_classes). Modules of it that have
             `anneal(progress, until)` are told before each step how far training is.
-        config: Settings. With `channel_sampling`, the network is called as `model(images[:, chosen], channels=names)`.
+        config: Settings. With channels other than R, G, B, or with `channel_sampling`, the network is called as
+            `model(images, channels=names)` and, where sets are drawn an image, with `present`.
         num_classes: Number of classes.
         image_size: Height and width of the images, in pixels.
         card: Plain values that are saved in each checkpoint for whoever loads it.
 
     Raises:
-        StudyError: `channel_sampling` is set and the network does not take named channels.
+        StudyError: The settings want named channels and the network does not take them, or not an image.
     """
 
     def __init__(
@@ -50,9 +53,22 @@ class ClassificationModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.model, self.config, self.image_size, self.card = model, config, image_size, dict(card or {})
-        if config.channel_sampling and not accepts_channels(model):
-            raise StudyError(f"channel_sampling: got true, but {type(model).__name__} does not take named channels")
+        self._named = config.channel_sampling != "none" or config.channels != CHANNELS or config.unknown_share > 0
+        if self._named and not accepts_channels(model):
+            raise StudyError(
+                f"channel_sampling: got {config.channel_sampling!r} on channels {', '.join(config.channels)}, but "
+                f"{type(model).__name__} does not take named channels"
+            )
+        if config.channel_sampling == "image" and not _accepts(model, "present"):
+            raise StudyError(
+                f"channel_sampling: got 'image', but {type(model).__name__} takes one set of channels for all images"
+            )
         self._annealed = [module for module in model.modules() if hasattr(module, "anneal")]
+        #: What is validated, tested and saved as the best; None: the model itself.
+        self.average: AveragedModel | None = None
+        if config.ema_decay is not None:
+            average = get_ema_multi_avg_fn(config.ema_decay)
+            self.average = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
         metrics: dict[str, Metric] = {}
         for stage in ("train", "val"):
             metrics[f"{stage}_loss"] = mean_loss()
@@ -67,9 +83,12 @@ class ClassificationModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         # A network may draw constants in its first call. They are drawn here, under the seed, so that a resumed
         # training draws those of the first one.
-        torch.manual_seed(mix_seed(self.config.seed, 0))
-        with torch.no_grad():
-            self.model.eval()(torch.zeros(1, 3, self.image_size, self.image_size, device=self.device))
+        images = torch.zeros(1, len(self.config.channels), self.image_size, self.image_size, device=self.device)
+        named = {"channels": self.config.channels} if self._named else {}
+        for model in [self.model] if self.average is None else [self.model, self.average.module]:
+            torch.manual_seed(mix_seed(self.config.seed, 0))
+            with torch.no_grad():
+                model.eval()(images, **named)
         self.model.train()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -78,10 +97,11 @@ class ClassificationModule(pl.LightningModule):
             epoch = self.current_epoch + batch_idx / self.trainer.num_training_batches
             for module in self._annealed:
                 module.anneal(epoch / self.config.epochs, self.config.temperature_anneal)
-        if self.config.channel_sampling:
-            images, named = select_channels(self.model, batch.images, sample_channels(CHANNELS))
-        else:
-            images, named = batch.images, {}
+        images, named = self._inputs(batch)
+        if self.config.unknown_share and torch.rand(()) < self.config.unknown_share:
+            names = list(named["channels"])
+            names[int(torch.randint(len(names), ()))] = None
+            named["channels"] = tuple(names)
         logits = self.model(images, **named)
         losses = self.loss(logits.float(), batch.labels)
         loss = losses.mean()
@@ -93,10 +113,33 @@ class ClassificationModule(pl.LightningModule):
         if len(batch.labels) == 0:
             return
         torch.manual_seed(batch.seed)
-        logits = self.model(batch.images)
+        images, named = self._inputs(batch)
+        logits = self._validated()(images, **named)
         # Without smoothing, so that the figure compares across settings.
         losses = nn.functional.cross_entropy(logits.float(), batch.labels, reduction="none")
         self._count("val", losses, logits, batch.labels)
+
+    def _validated(self) -> nn.Module:
+        return self.model if self.average is None else self.average.module
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+        """Images and keyword arguments for the network, drawn under the seed that is set."""
+        config = self.config
+        if not self._named:
+            return batch.images, {}
+        if config.channel_sampling == "step":
+            return select_channels(self.model, batch.images, sample_channels(config.channels))
+        images = derive_channels(batch.images, config.channels)
+        named: dict[str, Any] = {"channels": config.channels}
+        if config.channel_sampling == "image":
+            named["present"] = sample_channel_sets(len(images), len(config.channels))
+        return images, named
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        # Here and not in a hook of the step's end, some of which run after last.ckpt has been saved.
+        if self.average is not None:
+            self.average.update_parameters(self.model)
 
     def on_validation_epoch_end(self) -> None:
         self._log_and_reset("val")
@@ -106,11 +149,13 @@ class ClassificationModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         config = self.config
-        optimizer = torch.optim.Adam(
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.optimizer]
+        optimizer = kind(
             self.model.parameters(),
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),
+            **({"momentum": 0.9, "nesterov": True} if config.optimizer == "sgd" else {}),
         )
         if config.schedule == "constant" and config.warmup_epochs == 0:
             return optimizer
@@ -191,16 +236,21 @@ def use_channels_last(model: nn.Module) -> None:
 
 def accepts_channels(model: nn.Module) -> bool:
     """Whether the network can be called on one, two or three named channels, `model(x, channels=("R", "B"))`."""
-    return "channels" in inspect.signature(model.forward).parameters
+    return _accepts(model, "channels")
+
+
+def _accepts(model: nn.Module, argument: str) -> bool:
+    return argument in inspect.signature(model.forward).parameters
 
 
 def select_channels(model: nn.Module, images: Tensor, channels: Sequence[str]) -> tuple[Tensor, dict[str, Any]]:
     """Images and keyword arguments to call `model` with when it is to see only `channels`.
 
     Args:
-        model: A network that takes named channels, or one that needs all three: that gets zeros for the missing ones.
+        model: A network that takes named channels, or one that needs R, G and B: that gets zeros for the missing ones.
         images: (B, 3, S, S), red first.
-        channels: Names out of R, G, B.
+        channels: Names, see `dynconv_vision.data.derive_channels`. Those that are not among `model.channels`, where it
+            has that attribute, are passed as None: channels of unknown identity.
 
     Returns:
         Images (B, m, S, S) of the m channels, or (B, 3, S, S) with zeros, and what else to pass to `model`.
@@ -208,11 +258,17 @@ def select_channels(model: nn.Module, images: Tensor, channels: Sequence[str]) -
     Raises:
         StudyError: A name is unknown or repeated, or there is none.
     """
+    channels = tuple(channels)
+    if accepts_channels(model):
+        try:
+            images = derive_channels(images, channels)
+        except ValueError as error:
+            raise StudyError(str(error)) from None
+        known = getattr(model, "channels", channels)
+        return images, {"channels": tuple(name if name in known else None for name in channels)}
     chosen = [CHANNELS.index(name) for name in channels if name in CHANNELS]
     if not channels or len(chosen) != len(channels) or len(set(chosen)) != len(chosen):
-        raise StudyError(f"channels: got {tuple(channels)!r}, expected different names out of {', '.join(CHANNELS)}")
-    if accepts_channels(model):
-        return images[:, chosen], {"channels": tuple(channels)}
+        raise StudyError(f"channels: got {channels!r}, expected different names out of {', '.join(CHANNELS)}")
     kept = torch.zeros(len(CHANNELS), device=images.device, dtype=images.dtype)
     kept[chosen] = 1
     return images * kept.view(1, -1, 1, 1), {}

@@ -2,7 +2,7 @@
 """The frame of both studies: command line, data, training of several networks, test, results and report.
 
 A run's folder holds config.json (all settings), results.json, report.md with its figures, and for each network a folder
-with history.csv, best.ckpt, last.ckpt, result.json (written when the network is done) and logs/.
+with history.csv, best.ckpt, last.ckpt, predictions.npz, result.json (written when the network is done) and logs/.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy as np
 import torch
 import torch.distributed
 import torchvision
 
-from dynconv_vision.data import load_dataset
-from dynconv_vision.models import count_flops, count_parameters, create_model
+from dynconv_vision.data import CHANNEL_NAMES, channel_statistics, load_dataset
+from dynconv_vision.models import ChannelNorm, count_flops, count_parameters, create_model
 from dynconv_vision.reporting import ResultsError, write_report
 from dynconv_vision.reporting.source_report import CHANNEL_SETS
 
 from .callbacks import BEST, TrainingInterrupted
 from .checkpoints import ModelCard, load_network
 from .config import DEVICES, PRECISIONS, StudyError, TrainConfig, read_json, write_json
-from .datamodule import Dataset, Split
+from .datamodule import Dataset, Split, prepare_images
 from .hardware import describe_hardware, resolve_device, resolve_precision
-from .train import evaluate_model, train_model
+from .train import Predictions, predict, train_model
 
-CONFIG, RESULT, RESULTS = "config.json", "result.json", "results.json"
+CONFIG, RESULT, RESULTS, PREDICTIONS = "config.json", "result.json", "results.json", "predictions.npz"
 _DATA_LOCK = ".data.lock"
 
 
@@ -62,20 +63,40 @@ class Preset:
 
 
 @dataclass(frozen=True)
+class Network:
+    """A network of a study, and how it departs from the other ones' training.
+
+    Attributes:
+        model: Its name in `dynconv_vision.models`; the study's own name for it if empty.
+        options: Keyword arguments of `create_model`.
+        train: Settings of `TrainConfig`.
+        test_sets: Task I: sets of channels that it is tested on, the last one being the whole; None: the seven of R, G
+            and B.
+    """
+
+    model: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
+    test_sets: tuple[tuple[str, ...], ...] | None = None
+
+
+@dataclass(frozen=True)
 class Study:
     """One of the source report's two tasks.
 
     Attributes:
         task: "task1" or "task2".
         question: One line for `--help`.
-        networks: The networks to choose from, each with the training settings that are its own.
+        networks: The networks to choose from, by the name that results have.
         presets: By name; "demo" is the default and "smoke" is what `--smoke` takes.
+        groups: Names that stand for several networks on the command line.
     """
 
     task: str
     question: str
-    networks: Mapping[str, Mapping[str, Any]]
+    networks: Mapping[str, Network]
     presets: Mapping[str, Preset]
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,7 +116,7 @@ class StudyConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON types."""
-        return dataclasses.asdict(self) | {"models": list(self.models)}
+        return dataclasses.asdict(self) | {"models": list(self.models), "train": self.train.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> StudyConfig:
@@ -228,70 +249,143 @@ def run_study(study: Study, config: StudyConfig, folder: Path) -> dict[str, Any]
     return results
 
 
+def predict_checkpoint(
+    checkpoint: Path, split: Split, test_sets: Sequence[Sequence[str]] | None = None, **settings: Any
+) -> tuple[ModelCard, dict[str, Predictions]]:
+    """What the network of a checkpoint says of a split, on each set of channels if it belongs to Task I.
+
+    Args:
+        checkpoint: A best.ckpt or last.ckpt.
+        split: Images and labels.
+        test_sets: Task I: the sets; None: the seven of R, G and B, or those of them that the network knows. A network
+            without kernels for channels of unknown identity does not see those, nor is it asked about sets of them.
+        **settings: Passed to `predict`.
+
+    Returns:
+        The checkpoint's card, and the predictions by set of channels ("RG"), the whole one last; "" for Task II.
+
+    Raises:
+        StudyError: The checkpoint or the labels do not fit, or the loss is no finite number.
+    """
+    model, card = load_network(checkpoint)
+    sets: dict[str, tuple[str, ...] | None] = {"": None}
+    if card.task == "task1":
+        known = getattr(model, "channels", tuple("RGB"))
+        if test_sets is None:
+            test_sets = [tuple(name) for name in CHANNEL_SETS if set(name) <= set(known)]
+        blind = not getattr(model, "takes_unknown", False)
+        sets = {"".join(names): tuple(name for name in names if name in known or not blind) for names in test_sets}
+    made = {
+        name: predict(model, split, card.num_classes, channels=channels, **settings)
+        for name, channels in sets.items()
+        if channels != ()
+    }
+    for each in made.values():
+        if not math.isfinite(each.loss):
+            raise StudyError(f"checkpoint: {checkpoint}: got a loss of {each.loss}: the network has diverged")
+    return card, made
+
+
 def measure_checkpoint(checkpoint: Path, split: Split, **settings: Any) -> dict[str, Any]:
     """Measure the network of a checkpoint, on each channel set if it belongs to Task I.
 
     Args:
         checkpoint: A best.ckpt or last.ckpt.
         split: Images and labels.
-        **settings: Passed to `evaluate_model`.
+        **settings: Passed to `predict_checkpoint`.
 
     Returns:
         {"model", "images", "accuracy", "loss"}, accuracy in percent and on all channels, and for Task I "channels", the
         accuracies by channel set.
 
     Raises:
-        StudyError: The checkpoint or the labels do not fit, or the loss is no finite number.
+        StudyError: As `predict_checkpoint`.
     """
-    model, card = load_network(checkpoint)
-    channels: dict[str, float] = {}
-    if card.task == "task1":
-        for name in CHANNEL_SETS:
-            # The last one is RGB, whose accuracy and loss are also those of the whole.
-            measured = evaluate_model(model, split, card.num_classes, channels=tuple(name), **settings)
-            channels[name] = _percent(measured["accuracy"])
-    else:
-        measured = evaluate_model(model, split, card.num_classes, **settings)
-    if not math.isfinite(measured["loss"]):
-        raise StudyError(f"checkpoint: {checkpoint}: got a loss of {measured['loss']}: the network has diverged")
-    whole = {"accuracy": _percent(measured["accuracy"]), "loss": measured["loss"]}
-    return {"model": card.model, "images": len(split)} | whole | ({"channels": channels} if channels else {})
+    card, made = predict_checkpoint(checkpoint, split, **settings)
+    whole = list(made.values())[-1]
+    entry = {"model": card.model, "images": len(split), "accuracy": _percent(whole.accuracy), "loss": whole.loss}
+    return entry | ({} if "" in made else {"channels": _by_set(made)})
+
+
+def _by_set(predictions: Mapping[str, Predictions]) -> dict[str, float]:
+    return {name: _percent(each.accuracy) for name, each in predictions.items()}
+
+
+def _set_channel_statistics(model: torch.nn.Module, split: Split) -> None:
+    """Give normalising layers the mean and standard deviation of the training images."""
+    layers = [module for module in model.modules() if isinstance(module, ChannelNorm)]
+    if layers:
+        # Some thousand images give three digits.
+        some = np.linspace(0, len(split) - 1, min(len(split), 2000)).astype(np.int64)
+        images = prepare_images(torch.from_numpy(split.images[some]), channels_last=False)
+        statistics = channel_statistics(images, CHANNEL_NAMES)
+        for layer in layers:
+            layer.set_statistics(statistics)
 
 
 def _train_and_test(study: Study, config: StudyConfig, name: str, dataset: Dataset, folder: Path) -> dict[str, Any]:
-    train = dataclasses.replace(config.train, **study.networks[name])
+    network = study.networks[name]
+    train = TrainConfig.from_dict(config.train.to_dict() | dict(network.train))
+    model_name, options = network.model or name, dict(network.options)
     torch.manual_seed(train.seed)
     try:
-        model = create_model(name, len(dataset.classes), config.image_size)
+        model = create_model(model_name, len(dataset.classes), config.image_size, **options)
     except ValueError as error:
         raise StudyError(str(error)) from error
+    _set_channel_statistics(model, dataset.train)
     params = count_parameters(model)
-    flops = count_flops(model, (1, 3, config.image_size, config.image_size))
+    flops = count_flops(model, (1, len(train.channels), config.image_size, config.image_size))
     _print(f"\n{name}: {params:,} parameters, {flops / 1e9:.4f} GFLOPs an image")
-    card = ModelCard(config.task, name, {}, tuple(dataset.classes), config.image_size, config.denoise, config.normalize)
+    card = ModelCard(
+        config.task,
+        model_name,
+        options,
+        tuple(dataset.classes),
+        config.image_size,
+        config.denoise,
+        config.normalize,
+    )
     trained = train_model(model, dataset, train, folder, card=card.to_dict(), resume=True, progress=_is_main_process())
     if not _is_main_process():
         return {}
     settings = {"device": train.device, "precision": train.precision, "channels_last": train.channels_last}
-    tested = measure_checkpoint(folder / BEST, dataset.test, seed=train.seed, **settings)
+    arrays: dict[str, np.ndarray] = {}
+    measured = {}
+    for split in ("val", "test"):
+        _, made = predict_checkpoint(
+            folder / BEST, getattr(dataset, split), network.test_sets, seed=train.seed, **settings
+        )
+        arrays[f"{split}/labels"] = getattr(dataset, split).labels
+        arrays |= {f"{split}/{channels}": each.classes for channels, each in made.items()}
+        measured[split] = made
+    _save_arrays(folder / PREDICTIONS, arrays)
     best = trained.best
+    val, test = (list(made.values())[-1] for made in measured.values())
     entry = {
         "params": params,
         "flops": flops,
         "train_acc": _percent(best.train_acc),
-        "val_acc": _percent(best.val_acc),
-        "test_acc": tested["accuracy"],
+        "val_acc": _percent(val.accuracy),
+        "test_acc": _percent(test.accuracy),
         "train_loss": best.train_loss,
-        "val_loss": best.val_loss,
-        "test_loss": tested["loss"],
+        "val_loss": val.loss,
+        "test_loss": test.loss,
         "seconds": round(trained.seconds, 3),
         "best_epoch": best.epoch,
         "epochs": len(trained.history),
     }
-    if "channels" in tested:
-        entry["channels"] = tested["channels"]
-    _print(f"  test {tested['accuracy']:.2f} % with the weights of epoch {best.epoch}")
+    if config.task == "task1":
+        entry["channels"], entry["val_channels"] = _by_set(measured["test"]), _by_set(measured["val"])
+    _print(f"  test {test.accuracy:.2f} % with the weights of epoch {best.epoch}")
     return entry
+
+
+def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Class numbers by name, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        np.savez_compressed(file, **{name: values.astype(np.int16) for name, values in arrays.items()})
+    partial.replace(path)
 
 
 def _parser(study: Study) -> argparse.ArgumentParser:
@@ -307,7 +401,8 @@ def _parser(study: Study) -> argparse.ArgumentParser:
     add("--epochs", type=int, metavar="N")
     add("--batch-size", type=int, metavar="N")
     add("--seed", type=int, metavar="N")
-    add("--models", nargs="+", metavar="NAME", help=f"out of {', '.join(study.networks)}")
+    groups = f"; groups of them: {', '.join(study.groups)}" if study.groups else ""
+    add("--models", nargs="+", metavar="NAME", help=f"out of {', '.join(study.networks)}{groups}")
     add("--device", choices=DEVICES)
     add("--precision", choices=PRECISIONS, help="auto: bf16 where the hardware has instructions for it, else float32")
     add("--skip-bad-images", action="store_true", default=None, help="go on without images that cannot be used")
@@ -329,7 +424,7 @@ def _open_run(study: Study, options: argparse.Namespace) -> tuple[Path, StudyCon
     explicit = {name: getattr(options, name) for name in _STUDY_OPTIONS + _TRAIN_OPTIONS}
     explicit = {name: value for name, value in explicit.items() if value is not None}
     if "models" in explicit:
-        explicit["models"] = tuple(explicit["models"])
+        explicit["models"] = tuple(each for name in explicit["models"] for each in study.groups.get(name, (name,)))
         for name in explicit["models"]:
             if name not in study.networks:
                 raise StudyError(f"--models: got {name!r}, expected names out of {', '.join(study.networks)}")

@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
-from torchmetrics.classification import MulticlassAccuracy
 
 from .callbacks import BEST, LAST, EpochBar, EpochRecord, RunState, StopRequest, TrainingInterrupted
 from .checkpoints import load_weights, read_checkpoint
 from .config import StudyError, TrainConfig
 from .datamodule import EVALUATION_BATCH_SIZE, Dataset, EvaluationLoader, ImageDataModule, Split, prepare_images
 from .hardware import resolve_device, resolve_precision
-from .module import ClassificationModule, mean_loss, select_channels, use_channels_last
+from .module import ClassificationModule, select_channels, use_channels_last
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,8 @@ def train_model(
                 precision="bf16-mixed" if precision == "bf16" else "32-true",
                 max_epochs=config.epochs,
                 gradient_clip_val=config.gradient_clip,
+                # TrainLoader knows its process's share.
+                use_distributed_sampler=False,
                 callbacks=callbacks,
                 logger=[
                     TensorBoardLogger(folder, name="logs", version="tensorboard", purge_step=steps or None),
@@ -142,8 +144,33 @@ def train_model(
     return TrainResult(tuple(state.records), state.best)
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """What a network says of the images of a split.
+
+    Attributes:
+        labels: (N,) int64, the truth.
+        classes: (N,) int64, the class of the greatest logit.
+        losses: (N,) float32, cross-entropy.
+    """
+
+    labels: np.ndarray
+    classes: np.ndarray
+    losses: np.ndarray
+
+    @property
+    def accuracy(self) -> float:
+        """In percent."""
+        return 100 * float((self.labels == self.classes).mean())
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy."""
+        return float(self.losses.mean(dtype=np.float64))
+
+
 @torch.inference_mode()
-def evaluate_model(
+def predict(
     model: nn.Module,
     split: Split,
     num_classes: int,
@@ -154,21 +181,22 @@ def evaluate_model(
     precision: str = "auto",
     channels_last: bool = True,
     seed: int = 0,
-) -> dict[str, float]:
-    """Accuracy, in percent, and mean cross-entropy of `model` on `split`, every call with counters of its own.
+) -> Predictions:
+    """What `model` says of every image of `split`, in the split's order.
 
     Args:
         model: The network; it is moved to the device and put into evaluation mode.
         split: Images and labels.
         num_classes: Number of classes.
-        channels: Names out of R, G, B (R is red) that the network sees, missing ones being left out if it takes named
-            channels and set to zero if not; None calls it on all three as in training.
+        channels: Names, see `dynconv_vision.data.derive_channels`, that the network sees; missing ones are left out if
+            it takes named channels and set to zero if not, and names that it does not know are channels of unknown
+            identity to it. None calls it on R, G and B without names.
         batch_size: Images at a time.
         device, precision, channels_last: As in `TrainConfig`.
         seed: For networks that draw random numbers in evaluation.
 
     Returns:
-        {"accuracy": percent, "loss": mean cross-entropy}
+        The predictions.
 
     Raises:
         StudyError: The split is empty or has a label out of range, or device, precision or channels are wrong.
@@ -185,18 +213,32 @@ def evaluate_model(
     model.to(device).eval()
     if channels_last:
         use_channels_last(model)
-    # Not synchronised: the process that measures sees all images, and the others may not be here.
-    accuracy = MulticlassAccuracy(num_classes, average="micro", sync_on_compute=False).to(device)
-    loss = mean_loss(sync_on_compute=False).to(device)
+    parts = []
     for batch in EvaluationLoader(split, batch_size, seed):
         torch.manual_seed(batch.seed)
         images, labels = prepare_images(batch.images.to(device), channels_last), batch.labels.to(device)
         images, named = (images, {}) if channels is None else select_channels(model, images, channels)
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            logits = model(images, **named)
-        loss.update(nn.functional.cross_entropy(logits.float(), labels, reduction="none"))
-        accuracy.update(logits, labels)
-    return {"accuracy": 100 * float(accuracy.compute()), "loss": float(loss.compute())}
+            logits = model(images, **named).float()
+        parts.append((labels, logits.argmax(1), nn.functional.cross_entropy(logits, labels, reduction="none")))
+    return Predictions(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
+
+
+def evaluate_model(model: nn.Module, split: Split, num_classes: int, **settings: Any) -> dict[str, float]:
+    """Accuracy, in percent, and mean cross-entropy of `model` on `split`, every call with counters of its own.
+
+    Args:
+        model, split, num_classes: As of `predict`.
+        **settings: Passed to `predict`.
+
+    Returns:
+        {"accuracy": percent, "loss": mean cross-entropy}
+
+    Raises:
+        StudyError: As `predict`.
+    """
+    predictions = predict(model, split, num_classes, **settings)
+    return {"accuracy": predictions.accuracy, "loss": predictions.loss}
 
 
 @contextlib.contextmanager
