@@ -16,10 +16,19 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from data_helpers import FailingSource, random_image, write_cifar10, write_image, write_list_folder
 from dynconv_vision import data
-from dynconv_vision.data import cache, preprocessing, splits, workers
+from dynconv_vision.data import (
+    CHANNEL_NAMES,
+    cache,
+    channel_statistics,
+    derive_channels,
+    preprocessing,
+    splits,
+    workers,
+)
 from dynconv_vision.data.cache import prepare
 from dynconv_vision.data.generated import CLASSES, COLOURS, SHAPES, GeneratedSource, draw
 from dynconv_vision.data.preprocessing import PreprocessConfig, UnreadableImageError, preprocess, read_bgr
@@ -842,3 +851,37 @@ def test_importing_is_light() -> None:
     path = os.pathsep.join(entry for entry in sys.path if entry)
     assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}).returncode == 0
     assert preprocessing.PIPELINE_VERSION >= 1
+
+
+class TestDerivedChannels:
+    def test_channels_of_a_ramp(self) -> None:
+        """Values that rise by 2 to the right and by 3 downwards, in red alone."""
+        red = (2 * torch.arange(6.0) + 3 * torch.arange(5.0)[:, None])[None, None]
+        images = torch.cat((red, torch.zeros(1, 2, 5, 6)), 1)
+        made = dict(zip("XYLrRg", derive_channels(images, "XYLrRg")[0], strict=True))
+        torch.testing.assert_close(made["L"], 0.299 * red[0, 0])
+        torch.testing.assert_close(made["X"][:, 1:-1], torch.full((5, 4), 4 * 0.299))
+        torch.testing.assert_close(made["Y"][1:-1], torch.full((3, 6), 6 * 0.299))
+        # At the borders one of the two neighbours is the pixel itself.
+        torch.testing.assert_close(made["X"][:, 0], torch.full((5,), 2 * 0.299))
+        torch.testing.assert_close(made["r"][1:-1, 1:-1], red[0, 0, 1:-1, 1:-1])
+        assert torch.equal(made["R"], red[0, 0]) and not made["g"].any()
+
+    def test_each_channel_by_itself(self) -> None:
+        images = torch.rand(2, 3, 7, 4)
+        together = derive_channels(images, CHANNEL_NAMES)
+        for place, name in enumerate(CHANNEL_NAMES):
+            torch.testing.assert_close(derive_channels(images, (name,)), together[:, place : place + 1])
+        assert derive_channels(images, ("R", "G", "B")) is images
+
+    def test_statistics(self) -> None:
+        images = torch.rand(2, 3, 7, 4)
+        images[:, 2] = 0.5
+        statistics = channel_statistics(images, ("G", "B"))
+        assert statistics["G"] == pytest.approx((float(images[:, 1].mean()), float(images[:, 1].std(correction=0))))
+        assert statistics["B"] == (0.5, 1e-3)
+
+    @pytest.mark.parametrize("names", [(), ("R", "R"), ("R", "Q")])
+    def test_errors(self, names: tuple[str, ...]) -> None:
+        with pytest.raises(ValueError, match="expected different names out of R, G, B, L, X, Y, r, g, b"):
+            derive_channels(torch.zeros(1, 3, 2, 2), names)

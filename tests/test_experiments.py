@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 
 from dynconv_vision.models import registry
-from dynconv_vision.training import TrainConfig
+from dynconv_vision.training import ClassificationModule, TrainConfig
 from dynconv_vision.training.study import CHANNEL_SETS, Network, Preset, Study, StudyConfig, main
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -506,3 +507,84 @@ class TestEvaluate:
         assert error == f"error: --list: no such list file: neither none.txt nor {photographs / 'none.txt'}\n"
         error = self.fails(capsys, checkpoint, photographs / "none", photographs / "test.txt")
         assert error == f"error: --data: got {str(photographs / 'none')!r}, expected a folder that exists\n"
+
+
+class TestTask1Protocol:
+    def test_networks_can_be_built(self) -> None:
+        study = load_script("task1").STUDY
+        for name, network in study.networks.items():
+            train = TrainConfig.from_dict(dict(study.presets["strong"].train) | dict(network.train))
+            model = registry.create_model(network.model or name, 5, 16, **network.options)
+            ClassificationModule(model, dataclasses.replace(train, ema_decay=None), 5, 16)
+            known = set(getattr(model, "channels", "RGB"))
+            assert network.test_sets is None or any(set(names) <= known for names in network.test_sets)
+        for group in study.groups.values():
+            assert set(group) <= set(study.networks)
+        assert [name for name in study.networks if name.startswith("specialist_")] == list(study.groups["specialists"])
+
+    def test_channels_never_seen(self, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        names = ["specialist_RB", "variable_without_B", "static_without_B"]
+        arguments = [
+            "--smoke",
+            "--data",
+            photographs,
+            "--models",
+            *names,
+            "--device",
+            "cpu",
+            "--output",
+            tmp_path / "a",
+        ]
+        assert main(load_script("task1").STUDY, [*map(str, arguments)]) == 0
+        models = json.loads((tmp_path / "a" / "results.json").read_text())["models"]
+        assert list(models["specialist_RB"]["channels"]) == ["RB"]
+        assert list(models["variable_without_B"]["channels"]) == list(CHANNEL_SETS)
+        # Without kernels for B, blue alone says nothing, and RB is R.
+        static = models["static_without_B"]["channels"]
+        assert list(static) == [each for each in CHANNEL_SETS if each != "B"]
+        assert static["RB"] == static["R"] and static["RGB"] == static["RG"]
+        with np.load(tmp_path / "a" / "variable_without_B" / "predictions.npz") as file:
+            right = file["test/RB"] == file["test/labels"]
+            assert 100 * right.mean() == pytest.approx(models["variable_without_B"]["channels"]["RB"], abs=1e-3)
+        capsys.readouterr()
+        assert load_script("summarize").main([str(tmp_path)]) == 0
+        output = capsys.readouterr().out
+        assert "channels never seen" in output and "`variable_without_B`" in output
+
+    def test_summarize_an_empty_folder(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        assert load_script("summarize").main([str(tmp_path)]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {tmp_path}: no network of Task I is done")
+
+    def test_run_all_goes_on_where_it_was(self, tmp_path: Path) -> None:
+        """With a program in Python's place that notes its arguments, and fails once in the midst of a run."""
+        fake = tmp_path / "python"
+        fake.write_text(
+            "#!/usr/bin/env bash\n"
+            f'echo "$@" >> {tmp_path}/calls\n'
+            '[[ $2 == --output ]] || exit 0\nmkdir -p "$3"; touch "$3/config.json"\n'
+            f"[[ $3 != *seed1-specialists || -e {tmp_path}/failed ]] || {{ touch {tmp_path}/failed; exit 7; }}\n"
+        )
+        fake.chmod(0o755)
+        settings = {"PYTHON": str(fake), "SEEDS": "0 1", "SIZES": "64", "RECIPES": "strong", "EPOCHS": "2"}
+
+        def run() -> tuple[int, list[str]]:
+            (tmp_path / "calls").write_text("")
+            command = ["bash", str(EXPERIMENTS / "run_all.sh"), "DATA", str(tmp_path / "out")]
+            done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=60)
+            return done.returncode, (tmp_path / "calls").read_text().splitlines()
+
+        code, calls = run()
+        assert code == 7 and len(calls) == 4
+        runs = tmp_path / "out" / "task1" / "strong-64px"
+        assert calls[0] == (
+            f"{EXPERIMENTS}/task1.py --output {runs}/seed0-stems --device auto --data DATA --image-size 64 --epochs 2 "
+            "--preset strong --seed 0 --models stems"
+        )
+        code, calls = run()
+        assert code == 0
+        assert calls[0] == f"{EXPERIMENTS}/task1.py --output {runs}/seed1-specialists --resume --device auto"
+        assert [call.split()[-1] for call in calls[1:5]] == ["ablations", "ablations", "wide", "wide"]
+        assert calls[5] == f"{EXPERIMENTS}/summarize.py {runs}"
+        assert len((tmp_path / "out" / "times.csv").read_text().splitlines()) == 8
+        code, calls = run()
+        assert code == 0 and calls == [f"{EXPERIMENTS}/summarize.py {runs}"]

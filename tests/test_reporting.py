@@ -3,19 +3,22 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.image import imread
 
 from dynconv_vision.models import list_models
-from dynconv_vision.reporting import ResultsError, load_history, load_results, write_report
+from dynconv_vision.reporting import ResultsError, load_history, load_results, write_report, write_summary
 from dynconv_vision.reporting.figures import model_colours
 from dynconv_vision.reporting.source_report import CHANNEL_SETS, FIGURE_3, FIGURES, corrected
+from dynconv_vision.reporting.summary import Bootstrap
 
 TASK1 = {
     "resnet18": {"params": 11_194_482, "flops": 1_121_503_232, "test_acc": 51.25, "seconds": 812.4},
@@ -302,3 +305,95 @@ def test_no_display_is_needed(tmp_path: Path) -> None:
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, env={"PYTHONPATH": ":".join(sys.path)})
+
+
+# Summaries of several runs
+
+IMAGES = 200
+LABELS = np.arange(IMAGES) % 5
+
+
+def add_run(folder: Path, seed: int, networks: dict[str, dict[str, int]], **changes: Any) -> None:
+    """What a run leaves of each network: so many of the 200 test images right, by set of channels."""
+    train = {"seed": seed, "epochs": 4, "device": "cpu"}
+    config = {"task": "task1", "data": "here", "preset": "strong", "image_size": 64, "train": train}
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config | changes | {"models": [*networks, "not done yet"]}))
+    for name, counts in networks.items():
+        arrays = {"test/labels": LABELS, "val/labels": LABELS[:50]}
+        for each, count in counts.items():
+            arrays[f"test/{each}"] = np.where(np.arange(IMAGES) < count, LABELS, LABELS + 1)
+            arrays[f"val/{each}"] = np.where(np.arange(50) < 20, LABELS[:50], 7)
+        (folder / name).mkdir()
+        np.savez(folder / name / "predictions.npz", **arrays)
+        entry = {"params": 1e6, "flops": 2e9, "seconds": 8.0 if name == "resnet18" else 10.0, "epochs": 4}
+        (folder / name / "result.json").write_text(json.dumps(entry))
+
+
+def counts(rgb: int, pair: int, single: int) -> dict[str, int]:
+    return {each: {3: rgb, 2: pair, 1: single}[len(each)] for each in CHANNEL_SETS}
+
+
+def test_summary(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        stems = {
+            "resnet18": counts(120, 40, 20),
+            "static_resnet18": counts(100, 96, 90 + 2 * seed),
+            "variable_resnet18": counts(119 + seed, 110, 100),
+            "variable_k1": counts(117, 108, 100),
+            "variable_without_B": counts(90, 80, 70),
+        }
+        add_run(tmp_path / f"seed{seed}-stems", seed, stems)
+    specialists = {f"specialist_{each}": {each: 113} for each in CHANNEL_SETS[:5]}
+    add_run(tmp_path / "seed0-specialists", 0, specialists)
+    text = write_summary(tmp_path, resamples=200)
+    assert (tmp_path / "summary.md").read_text() == text
+    assert_picture(tmp_path / "channels.png", ["#009E73", "#E69F00", "#999999", "#0072B2"])
+
+    aims = {aim["aim"]: aim for aim in json.loads((tmp_path / "summary.json").read_text())["aims"]}
+    rgb = aims["RGB, less plain ResNet-18"]
+    assert rgb["met"] and rgb["measured"].startswith("-0.25 [")
+    assert aims["RG, less its specialist"]["met"] and not aims["R, less its specialist"]["met"]
+    assert "GB, less its specialist" not in aims
+    # (119.5 + 3 * 110 + 3 * 100 - 100 - 3 * 96 - 3 * 91) / 7 / 2 percent
+    assert aims["mean of the seven, less the static stem"]["measured"].startswith("6.32 [")
+    assert aims["epochs a second, validation included, over plain's"]["measured"] == "0.800"
+    assert not aims["epochs a second, validation included, over plain's"]["met"]
+
+    assert "60.00 [" in next(line for line in text.splitlines() if line.startswith("| RGB "))
+    assert row(text, "`variable_k1`", "2", "58.50", "54.00", "50.00")
+    assert row(text, "`variable_without_B`", "2", "1", "3")
+    with (tmp_path / "summary.csv").open() as file:
+        lines = {(line["network"], line["channels"]): line for line in csv.DictReader(file)}
+    line = lines["static_resnet18", "R"]
+    assert (line["seeds"], line["test_acc"], line["val_acc"]) == ("2", "45.5000", "40.0000")
+    assert float(line["sd_over_seeds"]) == pytest.approx(0.5 * 2**0.5, abs=1e-3)
+    assert float(line["low"]) < 45.5 < float(line["high"])
+    assert lines["specialist_R", "R"]["sd_over_seeds"] == ""
+    with (tmp_path / "per_seed.csv").open() as file:
+        assert sum(1 for _ in csv.DictReader(file)) == 2 * 5 * 7 + 5
+
+
+def test_bootstrap_is_that_of_a_share() -> None:
+    """The interval of a share p of n images is near p -+ 1.96 sqrt(p (1 - p) / n), and paired differences are tighter."""
+    bootstrap = Bootstrap(1000, 4000)
+    right = (np.arange(1000) < 300).astype(float)
+    estimate = bootstrap.estimate(right)
+    assert estimate.mean == pytest.approx(30)
+    assert (estimate.low, estimate.high) == pytest.approx((30 - 2.84, 30 + 2.84), abs=0.25)
+    assert bootstrap.estimate(right - right).high == 0
+    other = (np.arange(1000) < 310).astype(float)
+    difference = bootstrap.estimate(other - right)
+    assert difference.mean == pytest.approx(1) and difference.high - difference.low < 1.5
+
+
+def test_summary_explains_runs_that_do_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(ResultsError, match="no network of Task I is done in it"):
+        write_summary(tmp_path)
+    add_run(tmp_path / "one", 0, {"resnet18": counts(9, 9, 9)})
+    add_run(tmp_path / "two", 0, {"resnet18": counts(9, 9, 9)})
+    with pytest.raises(ResultsError, match="a second resnet18 with seed 0"):
+        write_summary(tmp_path)
+    add_run(tmp_path / "other", 0, {"resnet18": counts(9, 9, 9)}, image_size=32)
+    with pytest.raises(ResultsError, match="differs from the other runs under .* in image_size"):
+        write_summary(tmp_path)

@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: BSD-3-Clause
+#
+# The whole protocol of the studies on one GPU: every network, recipe, size and seed, then the summaries.
+#
+#     bash experiments/run_all.sh DATA [OUT]          # OUT: runs/protocol
+#
+# A step that is done is skipped and one that was broken off goes on where it was, so after a kill give the same command
+# again. Each step's time is printed and kept in OUT/times.csv.
+#
+#     SEEDS="0 1 2"  SIZES="64 124"  RECIPES="strong paper"  EPOCHS=30        # fewer or more of them
+#     TASKS="task1 task2"  GROUPS1="stems specialists ablations wide"         # tasks; networks of Task I
+#     PYTHON=python3  DEVICE=auto
+#     SMOKE=1                                         # generated images, one epoch: proves that the steps run
+set -euo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+data=${1:?usage: bash experiments/run_all.sh DATA [OUT]}
+out=${2:-runs/protocol}
+read -r -a seeds <<< "${SEEDS:-0 1 2}"
+read -r -a sizes <<< "${SIZES:-64 124}"
+tasks=" ${TASKS:-task1 task2} "
+python=${PYTHON:-python}
+mkdir -p "$out"
+
+# step NAME COMMAND...: run a command unless it has been done, and note its time.
+step() {
+  local name=$1 begin=$SECONDS
+  shift
+  if [[ -e "$out/.done/$name" ]]; then
+    echo "=== $name: done before"
+    return
+  fi
+  echo "=== $name"
+  "$@"
+  mkdir -p "$(dirname "$out/.done/$name")"
+  touch "$out/.done/$name"
+  echo "$name,$((SECONDS - begin))" >> "$out/times.csv"
+  echo "=== $name: $((SECONDS - begin)) s (all: $SECONDS s)"
+}
+
+# study SCRIPT FOLDER OPTIONS...: start a run, or continue the one that is there.
+study() {
+  local script=$1 folder=$2
+  shift 2
+  if [[ -e "$folder/config.json" ]]; then
+    "$python" "$here/$script.py" --output "$folder" --resume --device "${DEVICE:-auto}"
+  else
+    "$python" "$here/$script.py" --output "$folder" --device "${DEVICE:-auto}" "$@"
+  fi
+}
+
+epochs=(${EPOCHS:+--epochs "$EPOCHS"})
+if [[ -n "${SMOKE:-}" ]]; then
+  sizes=(16)
+  source=(--smoke)
+  recipes=(smoke)
+else
+  source=(--data "$data")
+  read -r -a recipes <<< "${RECIPES:-strong paper}"
+fi
+groups=" ${GROUPS1:-stems specialists ablations wide} "
+
+# ------------------------------------------------------------------------------------------------------------- Task I
+# The strong recipe at the first size comes first, and with it whatever takes a part away or adds channels: a broken-off
+# run has the main results. Preparing the paper recipe's images takes a core 50 ms each, once.
+if [[ "$tasks" == *" task1 "* ]]; then
+  for recipe in "${recipes[@]}"; do
+    for size in "${sizes[@]}"; do
+      runs="$out/task1/$recipe-${size}px"
+      options=("${source[@]}" --image-size "$size" "${epochs[@]}")
+      [[ $recipe == smoke ]] || options+=(--preset "$recipe")
+      for group in stems specialists ablations wide; do
+        [[ "$groups" == *" $group "* ]] || continue
+        [[ $group == stems || $group == specialists || ($recipe != paper && $size == "${sizes[0]}") ]] || continue
+        for seed in "${seeds[@]}"; do
+          step "task1/$recipe-$size-seed$seed-$group" \
+            study task1 "$runs/seed$seed-$group" "${options[@]}" --seed "$seed" --models "$group"
+        done
+      done
+      "$python" "$here/summarize.py" "$runs"
+    done
+  done
+fi
+
+# ------------------------------------------------------------------------------------------------------------ Task II
+if [[ "$tasks" == *" task2 "* ]]; then
+  : # Its runs come here: step "task2/..." study task2 "$out/task2/..." ...
+fi
+
+echo
+echo "Seconds by step: $out/times.csv"
