@@ -77,6 +77,8 @@ ABLATIONS = {
     # Trained on all three channels; or with one set of channels for all images of a step.
     "variable_no_sampling": variable({"channel_sampling": "none"}),
     "variable_step_sampling": variable({"channel_sampling": "step"}),
+    # Half of the images keep all channels, over and above those that draw them all.
+    "variable_half_full": variable({"full_share": 0.5}),
     "static_no_sampling": Network("static_resnet18", {"rescale": False}),
     "static_step_sampling": Network("static_resnet18", {}, {"channel_sampling": "step"}),
 }

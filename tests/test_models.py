@@ -344,6 +344,8 @@ def test_sample_channels_draws_the_number_first() -> None:
             for names in sets:
                 assert abs(counted[names] - 1000 / len(sets)) < 90
         assert set(counted) == {names for count in (1, 2, 3) for names in itertools.combinations("RGB", count)}
+    full = sample_channel_sets(3000, 3, generator, full_share=0.4).all(1).float().mean()
+    assert full == pytest.approx(0.4 + 0.6 / 3, abs=0.04)
     with pytest.raises(ValueError, match="channels: got none"):
         sample_channels(())
 

@@ -113,13 +113,16 @@ def sample_channels(channels: Sequence[str] = RGB, generator: torch.Generator | 
     return tuple(name for name, drawn in zip(channels, chosen, strict=True) if drawn)
 
 
-def sample_channel_sets(count: int, channels: int, generator: torch.Generator | None = None) -> Tensor:
+def sample_channel_sets(
+    count: int, channels: int, generator: torch.Generator | None = None, full_share: float = 0.0
+) -> Tensor:
     """Draw a set of channels for every sample, each as :func:`sample_channels` does.
 
     Args:
         count: N, the number of samples.
         channels: C, at least 1.
         generator: A CPU generator; the global one if None.
+        full_share: Share of the samples, in 0..1, that keep all channels without a draw.
 
     Returns:
         ``present`` (N, C), bool, on the CPU; at least one in each row.
@@ -131,6 +134,8 @@ def sample_channel_sets(count: int, channels: int, generator: torch.Generator | 
     """
     size = torch.randint(1, channels + 1, (count, 1), generator=generator)
     rank = torch.rand(count, channels, generator=generator).argsort(dim=1).argsort(dim=1)
+    if full_share:
+        size[torch.rand(count, generator=generator) < full_share] = channels
     return rank < size
 
 
@@ -194,15 +199,18 @@ class ChannelNorm(nn.Module):
         unknown = [index for index, place in enumerate(places) if place == len(self.channels)]
         # Places beyond the table are overwritten below.
         table = [min(place, len(self.channels) - 1) for place in places]
-        factor = self.std[table].reciprocal()
-        shift = -self.mean[table] * factor
+        mean, std = self.mean, self.std
+        if table != list(range(len(self.channels))):
+            mean, std = mean[table], std[table]
+        factor = std.reciprocal()
+        shift = -mean * factor
         if not unknown:
             return torch.addcmul(shift[:, None, None], x, factor[:, None, None])
         factor, shift = (each.expand(x.shape[:2]).clone() for each in (factor, shift))
-        variance, mean = torch.var_mean(x[:, unknown].float(), dim=(2, 3), correction=0)
+        variance, own_mean = torch.var_mean(x[:, unknown].float(), dim=(2, 3), correction=0)
         # The constant keeps a flat channel finite.
         factor[:, unknown] = (variance + 1e-4).rsqrt().to(factor.dtype)
-        shift[:, unknown] = -mean.to(shift.dtype) * factor[:, unknown]
+        shift[:, unknown] = -own_mean.to(shift.dtype) * factor[:, unknown]
         return torch.addcmul(shift[:, :, None, None], x, factor[:, :, None, None])
 
 

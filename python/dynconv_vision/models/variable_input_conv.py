@@ -337,7 +337,6 @@ class VariableInputConv(AnnealedTemperature):
             # Channels stay in their groups: fill the missing ones with zeros, which add nothing.
             full = x.new_zeros(len(x), len(self.channels), *x.shape[2:])
             x = full.index_copy(1, torch.tensor(places, device=x.device), x)
-        which = which.to(x.device)
         bank, attention, bias = self._table(places), mix, self.bias
         if self.generator is not None:
             if context is None:
@@ -345,10 +344,11 @@ class VariableInputConv(AnnealedTemperature):
             else:
                 residual = self._residual(places, torch.ones(1, len(context), dtype=torch.bool), context)
             bank = torch.cat((bank, residual))
-            attention = torch.cat((mix, F.one_hot(which, len(sets)).to(mix.dtype)), dim=1)
+            chosen = F.one_hot(which, len(sets)).to(mix.device, mix.dtype)
+            attention = torch.cat((mix, chosen), dim=1)
             bias = None if bias is None else torch.cat((bias, bias.new_zeros(len(sets), self.out_channels)))
         if self.log_gain is not None and scale is None:
-            attention = attention * self._gain(sets)[which, None]
+            attention = attention * self._gain(sets)[which.to(mix.device), None]
         return dynconv_ext.dynamic_conv2d(
             x,
             bank,

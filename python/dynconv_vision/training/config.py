@@ -48,6 +48,7 @@ class TrainConfig:
         channel_sampling: "none"; or train on random sets of the channels, one drawn for every "image" or one for all of
             a "step", see `dynconv_vision.models.sample_channels`. Validation is then on drawn sets as well, always the
             same for an image.
+        full_share: With sets drawn an image: share of the images that keep all channels without a draw.
         unknown_share: Share of the steps in which one channel is shown without its name.
         temperature_anneal: Share of the epochs over which modules with a temperature schedule go from its start to its
             end; None leaves their temperature alone.
@@ -76,6 +77,7 @@ class TrainConfig:
     ema_decay: float | None = None
     channels: tuple[str, ...] = ("R", "G", "B")
     channel_sampling: str = "none"
+    full_share: float = 0.0
     unknown_share: float = 0.0
     temperature_anneal: float | None = 1 / 3
     seed: int = 0
@@ -107,6 +109,7 @@ class TrainConfig:
             _require_int(self, "workers", 0)
         if self.ema_decay is not None:
             _require_number(self, "ema_decay", 0.0, below=1.0)
+        _require_number(self, "full_share", 0.0, below=1.0)
         _require_number(self, "unknown_share", 0.0, below=1.0)
         # From JSON it comes as a list.
         object.__setattr__(self, "channels", tuple(self.channels))

@@ -132,7 +132,9 @@ class ClassificationModule(pl.LightningModule):
         images = derive_channels(batch.images, config.channels)
         named: dict[str, Any] = {"channels": config.channels}
         if config.channel_sampling == "image":
-            named["present"] = sample_channel_sets(len(images), len(config.channels))
+            # Validation draws as many of each size, whatever training does: figures then compare.
+            full = config.full_share if self.training else 0.0
+            named["present"] = sample_channel_sets(len(images), len(config.channels), full_share=full)
         return images, named
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
