@@ -21,8 +21,8 @@ import pytest
 import torch
 from torch import nn
 
-from dynconv_vision.models import registry
-from dynconv_vision.training import ClassificationModule, TrainConfig
+from dynconv_vision.models import create_model, registry
+from dynconv_vision.training import ClassificationModule, StudyError, TrainConfig, load_network
 from dynconv_vision.training.study import CHANNEL_SETS, Network, Preset, Study, StudyConfig, main
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -588,3 +588,38 @@ class TestTask1Protocol:
         assert len((tmp_path / "out" / "times.csv").read_text().splitlines()) == 8
         code, calls = run()
         assert code == 0 and calls == [f"{EXPERIMENTS}/summarize.py {runs}"]
+
+
+class TestExport:
+    def test_weights_of_half_the_size(
+        self, photographs: Path, photograph_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    ) -> None:
+        checkpoint, file = photograph_run / "variable_resnet18" / "best.ckpt", tmp_path / "new" / "half.safetensors"
+        assert load_script("export_weights").main(["--checkpoint", str(checkpoint), "--output", str(file)]) == 0
+        assert file.stat().st_size < 24e6
+        model, card = load_network(checkpoint)
+        halved = create_model("variable_resnet18", pretrained=file).eval()
+        assert halved.fc.out_features == card.num_classes == 3
+        x = torch.rand(4, 2, 16, 16)
+        with torch.no_grad():
+            expected, out = model(x, ("B", "G")), halved(x, ("B", "G"))
+        torch.testing.assert_close(out, expected, atol=0.05, rtol=0.05)
+        assert torch.equal(halved.norm.mean, model.norm.mean)
+
+        capsys.readouterr()
+        arguments = ["--data", photographs, "--list", "test.txt", "--device", "cpu", "--precision", "float32"]
+        assert load_script("evaluate").main([*map(str, ["--checkpoint", file, *arguments])]) == 0
+        assert json.loads(capsys.readouterr().out)["model"] == "variable_resnet18"
+
+        with pytest.raises(ValueError, match="has weights of 'variable_resnet18', expected 'resnet18'"):
+            create_model("resnet18", pretrained=file)
+        with pytest.raises(ValueError, match="pretrained: the weights of 'variable_resnet18' do not fit"):
+            create_model("variable_resnet18", num_classes=7, pretrained=file)
+        file.write_bytes(file.read_bytes()[:1000])
+        with pytest.raises(StudyError, match="half.safetensors cannot be read: damaged"):
+            load_network(file)
+
+    def test_export_of_nothing(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        arguments = ["--checkpoint", str(tmp_path / "none.ckpt"), "--output", str(tmp_path / "file")]
+        assert load_script("export_weights").main(arguments) == 2
+        assert "none.ckpt is not a file" in capsys.readouterr().err

@@ -75,6 +75,12 @@ def test_register_model_adds_a_network() -> None:
     [
         ({"name": "task2_publshed"}, ValueError, "name: got 'task2_publshed'.*did you mean 'task2_published'"),
         ({"name": "??"}, ValueError, "Known models: resnet18, resnet34, "),
+        (
+            {"name": "resnet18", "pretrained": True},
+            ValueError,
+            "pretrained: no trained weights of 'resnet18' come with",
+        ),
+        ({"name": "resnet18", "pretrained": "/nowhere"}, ValueError, "/nowhere is not a file"),
         ({"name": "resnet18", "num_classes": 0}, ValueError, "num_classes: got 0, expected a positive integer"),
         ({"name": "resnet18", "image_size": 6.5}, ValueError, "image_size: got 6.5, expected a positive integer"),
         ({"name": "resnet18", "kernels": 4}, TypeError, "kernels: no option of the model 'resnet18'.* stem"),

@@ -7,9 +7,12 @@ import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
+
+from .weights import FOLDER, read_weights
 
 #: The two studies of the source report.
 TASKS = ("task1", "task2")
@@ -83,20 +86,31 @@ def list_models(task: str | int | None = None) -> list[str]:
     return [name for name, entry in _MODELS.items() if wanted in entry.tasks]
 
 
-def create_model(name: str, num_classes: int = 50, image_size: int = 64, **options: object) -> nn.Module:
+def create_model(
+    name: str,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    *,
+    pretrained: bool | str | Path = False,
+    **options: object,
+) -> nn.Module:
     """Build a registered network.
 
     Args:
         name: One of :func:`list_models`.
-        num_classes: Number of classes, at least 1.
-        image_size: Height and width of the images, in pixels. Only the parameters of ``task2_published`` depend on it.
+        num_classes: Number of classes, at least 1; 50 if None.
+        image_size: Height and width of the images, in pixels; 64 if None. Only the parameters of ``task2_published``
+            depend on it.
+        pretrained: True for the trained weights that come with the package, or a file that
+            ``experiments/export_weights.py`` wrote. What is not given is then as the weights want it.
         **options: Passed to the network's builder.
 
     Returns:
-        The network, with fresh weights, in training mode.
+        The network, in training mode, with fresh weights or trained ones.
 
     Raises:
-        ValueError: If the name is unknown (the text names the near matches), or a number is out of range.
+        ValueError: If the name is unknown (the text names the near matches), a number is out of range, there are no
+            trained weights, or they do not fit.
         TypeError: If the network has no such option.
 
     Example:
@@ -110,6 +124,14 @@ def create_model(name: str, num_classes: int = 50, image_size: int = 64, **optio
         raise ValueError(
             f"name: got {name!r}, which is no known model; {hint}Known models: {', '.join(sorted(_MODELS))}"
         )
+    weights = None
+    if pretrained is not False:
+        weights, card = _pretrained(name, pretrained)
+        num_classes = len(card["classes"]) if num_classes is None else num_classes
+        image_size = card["image_size"] if image_size is None else image_size
+        options = card["options"] | options
+    num_classes = 50 if num_classes is None else num_classes
+    image_size = 64 if image_size is None else image_size
     for argument, value in (("num_classes", num_classes), ("image_size", image_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{argument}: got {value!r}, expected a positive integer")
@@ -120,4 +142,25 @@ def create_model(name: str, num_classes: int = 50, image_size: int = 64, **optio
             raise TypeError(
                 f"{key}: no option of the model {name!r}, whose options are {', '.join(accepted) or 'none'}"
             )
-    return builder(num_classes=num_classes, image_size=image_size, **options)
+    model = builder(num_classes=num_classes, image_size=image_size, **options)
+    if weights is not None:
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(f"pretrained: the weights of {name!r} do not fit: {error}") from None
+    return model
+
+
+def _pretrained(name: str, source: bool | str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Trained weights and their card."""
+    path = FOLDER / f"{name}.safetensors" if source is True else Path(source)
+    if source is True and not path.is_file():
+        have = sorted(each.stem for each in FOLDER.glob("*.safetensors"))
+        raise ValueError(
+            f"pretrained: no trained weights of {name!r} come with this version; it has those of "
+            f"{', '.join(map(repr, have)) or 'no network'}"
+        )
+    weights, card = read_weights(path)
+    if card.get("model") != name:
+        raise ValueError(f"pretrained: {path} has weights of {card.get('model')!r}, expected {name!r}")
+    return weights, card

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dynconv_vision.models.weights import read_weights
+
 from .config import StudyError
 
 _FORMAT = 1
@@ -100,7 +102,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint that a study wrote; nothing in the file is executed.
 
     Args:
-        path: A best.ckpt or last.ckpt.
+        path: A best.ckpt or last.ckpt, or a safetensors file that experiments/export_weights.py wrote.
 
     Returns:
         Its entries; "state_dict" and "dynconv_vision", the card, among them.
@@ -110,6 +112,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise StudyError(f"checkpoint: {path} is not a file")
+    if path.suffix == ".safetensors":
+        try:
+            weights, card = read_weights(path)
+        except ValueError as error:
+            raise StudyError(f"checkpoint: {error}") from None
+        return {_KEY: card, "state_dict": {_PREFIX + name: value for name, value in weights.items()}}
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # torch's own text tells how to run code from the file
