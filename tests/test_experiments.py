@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 from dynconv_vision.models import create_model, registry
-from dynconv_vision.training import ClassificationModule, StudyError, TrainConfig, load_network
+from dynconv_vision.models.weights import write_weights
+from dynconv_vision.training import ClassificationModule, ModelCard, StudyError, TrainConfig, load_network
 from dynconv_vision.training.study import CHANNEL_SETS, Network, Preset, Study, StudyConfig, main
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -623,3 +624,22 @@ class TestExport:
         arguments = ["--checkpoint", str(tmp_path / "none.ckpt"), "--output", str(tmp_path / "file")]
         assert load_script("export_weights").main(arguments) == 2
         assert "none.ckpt is not a file" in capsys.readouterr().err
+
+
+class TestDrawStem:
+    def test_pictures(self, photographs: Path, photograph_run: Path, tmp_path: Path) -> None:
+        checkpoint = photograph_run / "variable_resnet18" / "best.ckpt"
+        arguments = ["--checkpoint", checkpoint, "--data", photographs, "--list", "test.txt", "--output", tmp_path]
+        assert load_script("draw_stem").main([*map(str, arguments)]) == 0
+        for name in ("kernels.png", "attention.png"):
+            picture = cv2.imread(str(tmp_path / name))
+            # Something is drawn, in more than one colour.
+            assert min(picture.shape[:2]) > 300 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
+
+    def test_other_networks(self, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        checkpoint = tmp_path / "plain.safetensors"
+        card = ModelCard("task1", "resnet18", {}, ("a", "b", "c"), 16, False, False)
+        write_weights(checkpoint, create_model("resnet18", 3).state_dict(), card.to_dict())
+        arguments = ["--checkpoint", checkpoint, "--data", photographs, "--list", "test.txt", "--output", tmp_path]
+        assert load_script("draw_stem").main([*map(str, arguments)]) == 2
+        assert "'resnet18' has no VariableInputConv with an attention" in capsys.readouterr().err

@@ -41,7 +41,7 @@ _LABELS = {
     "variable_resnet18": "VariableInputConv, ours",
 }
 
-_INK = "#333333"
+INK = "#333333"
 #: Up to so many epochs, curves mark every one.
 _FEW_EPOCHS = 12
 _SOURCE_LABEL = f"source report, corrected\n({DATASET}, {IMAGE_SIZE} px)"
@@ -58,27 +58,30 @@ def model_colours(names: Sequence[str]) -> dict[str, str]:
     return {name: _COLOURS.get(name) or _MORE_COLOURS[spare.index(name) % len(_MORE_COLOURS)] for name in names}
 
 
-def _new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of so many inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _style(axes: Axes, grid: str = "y") -> None:
+def style_axes(axes: Axes, grid: str = "y") -> None:
+    """The look of every picture: a light grid, no frame above and to the right."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#999999")
-    axes.tick_params(colors=_INK)
+    axes.tick_params(colors=INK)
     axes.grid(axis=grid, color="#E3E3E3", linewidth=0.8)
     axes.set_axisbelow(True)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG."""
     figure.savefig(path, dpi=150, facecolor="white")
 
 
 def _source_handle() -> Line2D:
     return Line2D(
-        [], [], linestyle="none", marker="D", markersize=6, markerfacecolor="white", markeredgecolor=_INK,
+        [], [], linestyle="none", marker="D", markersize=6, markerfacecolor="white", markeredgecolor=INK,
         label=_SOURCE_LABEL,
     )  # fmt: skip
 
@@ -109,7 +112,7 @@ def draw_learning_curves(path: Path, histories: Mapping[str, Mapping[str, Sequen
     colours = model_colours(list(histories))
     longest = max(len(history["epoch"]) for history in drawable.values())
     marker = "o" if longest <= _FEW_EPOCHS else None
-    figure = _new_figure(11, 4.4)
+    figure = new_figure(11, 4.4)
     left, right = figure.subplots(1, 2)
     for axes, quantity, label in ((left, "loss", "loss (cross-entropy, nats)"), (right, "acc", "accuracy (%)")):
         for name, history in drawable.items():
@@ -127,17 +130,17 @@ def draw_learning_curves(path: Path, histories: Mapping[str, Mapping[str, Sequen
         if longest == 1:
             axes.margins(x=0.5)
         axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
-        _style(axes)
+        style_axes(axes)
     handles = [Line2D([], [], color=colours[name], linewidth=2.5, label=model_label(name)) for name in drawable]
     handles += [
         Line2D(
-            [], [], color=_INK, linestyle="--", linewidth=1.8, marker=marker, markerfacecolor="white", label="training"
+            [], [], color=INK, linestyle="--", linewidth=1.8, marker=marker, markerfacecolor="white", label="training"
         ),
-        Line2D([], [], color=_INK, linestyle="-", linewidth=1.8, marker=marker, label="validation"),
+        Line2D([], [], color=INK, linestyle="-", linewidth=1.8, marker=marker, label="validation"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.suptitle(title)
-    _save(figure, path)
+    save_figure(figure, path)
     return True
 
 
@@ -159,7 +162,7 @@ def _grouped_bars(
             x = group + width * (place + 0.5 - len(values) / 2)
             reference = source.get(name, [None] * len(groups))[group]
             if reference is not None:
-                axes.plot(x, reference, "D", markersize=5, markerfacecolor="white", markeredgecolor=_INK, zorder=3)
+                axes.plot(x, reference, "D", markersize=5, markerfacecolor="white", markeredgecolor=INK, zorder=3)
                 highest, marked = max(highest, reference), True
             if value is None:
                 axes.text(x, 0.4, "n/a", ha="center", va="bottom", color="#888888", fontsize=size, rotation=90)
@@ -173,12 +176,12 @@ def _grouped_bars(
         inside = value > 0.09 * limit
         axes.annotate(
             f"{value:.1f}", (x, 0 if inside else value), xytext=(0, 4), textcoords="offset points", ha="center",
-            va="bottom", fontsize=size, color="white" if inside else _INK, weight="bold" if inside else "normal",
+            va="bottom", fontsize=size, color="white" if inside else INK, weight="bold" if inside else "normal",
         )  # fmt: skip
     axes.set_xticks(range(len(groups)), groups)
     axes.set_xlim(-0.55, len(groups) - 0.45)
     axes.set_ylim(0, limit)
-    _style(axes)
+    style_axes(axes)
     axes.tick_params(axis="x", length=0)
     return marked
 
@@ -205,14 +208,14 @@ def _draw_bars(
     if all(value is None for column in values.values() for value in column):
         return False
     source = {name: [corrected(name, key) for key in bars.values()] for name in names}
-    figure = _new_figure(11, 4.6)
+    figure = new_figure(11, 4.6)
     axes = figure.subplots()
     marked = _grouped_bars(axes, list(bars), values, source)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     _bar_legend(figure, names, marked)
     figure.suptitle(title)
-    _save(figure, path)
+    save_figure(figure, path)
     return True
 
 
@@ -261,7 +264,7 @@ def draw_set_bars(path: Path, values: Mapping[str, Mapping[str, tuple[float, flo
     """
     colours = model_colours(list(values))
     width = 0.84 / len(values)
-    figure = _new_figure(11, 4.8)
+    figure = new_figure(11, 4.8)
     axes = figure.subplots()
     for place, (name, row) in enumerate(values.items()):
         groups = [group for group, each in enumerate(CHANNEL_SETS) if each in row]
@@ -269,15 +272,15 @@ def draw_set_bars(path: Path, values: Mapping[str, Mapping[str, tuple[float, flo
         x = [group + width * (place + 0.5 - len(values) / 2) for group in groups]
         reach = [[m - low for m, low in zip(means, lows, strict=True)]]
         reach += [[high - m for m, high in zip(means, highs, strict=True)]]
-        axes.bar(x, means, width * 0.92, color=colours[name], yerr=reach, error_kw={"ecolor": _INK, "elinewidth": 1})
+        axes.bar(x, means, width * 0.92, color=colours[name], yerr=reach, error_kw={"ecolor": INK, "elinewidth": 1})
     axes.set_xticks(range(len(CHANNEL_SETS)), CHANNEL_SETS)
     axes.set_xlabel("channels of the test images")
     axes.set_ylabel("test accuracy (%), 95 % interval")
-    _style(axes)
+    style_axes(axes)
     axes.tick_params(axis="x", length=0)
     _bar_legend(figure, list(values), marked=False)
     figure.suptitle(title)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_complexity(path: Path, results: Results, title: str) -> bool:
@@ -302,7 +305,7 @@ def draw_complexity(path: Path, results: Results, title: str) -> bool:
         return False
     names = list(results.models)
     colours = model_colours(names)
-    figure = _new_figure(10, 1.6 + 0.55 * len(names))
+    figure = new_figure(10, 1.6 + 0.55 * len(names))
     both = figure.subplots(1, 2, sharey=True)
     for axes, (label, divisor, column) in zip(both, panels, strict=True):
         longest = max((value for value in column if value is not None), default=divisor) / divisor or 1.0
@@ -311,13 +314,13 @@ def draw_complexity(path: Path, results: Results, title: str) -> bool:
                 axes.text(0.01 * longest, place, "n/a", va="center", color="#888888")
                 continue
             axes.barh(place, value / divisor, 0.62, color=colours[name])
-            axes.text(value / divisor + 0.015 * longest, place, f"{value / divisor:.3f}", va="center", color=_INK)
+            axes.text(value / divisor + 0.015 * longest, place, f"{value / divisor:.3f}", va="center", color=INK)
         axes.set_xlim(0, 1.2 * longest)
         axes.set_xlabel(label)
         axes.set_yticks(range(len(names)), [model_label(name) for name in names])
-        _style(axes, grid="x")
+        style_axes(axes, grid="x")
         axes.tick_params(axis="y", length=0)
     both[0].invert_yaxis()
     figure.suptitle(title)
-    _save(figure, path)
+    save_figure(figure, path)
     return True
