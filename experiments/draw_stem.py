@@ -43,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             denoise=card.denoise,
             normalize=card.normalize,
         )
-        mixtures, kernels = {}, {}
+        whole = f"in {''.join(stem.channels)}"
+        mixtures: dict[str, np.ndarray] = {}
+        kernels: dict[str, dict[str, np.ndarray]] = {whole: {}, "alone": {}}
         for names in channel_sets(stem.channels):
             # Of more than three channels, those alone and all together.
             if len(stem.channels) > 3 and 1 < len(names) < len(stem.channels):
@@ -56,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             mixtures["".join(names)] = mixture.numpy()
             if len(names) in (1, len(stem.channels)):
                 weight = stem.to_conv2d(names, mixture.mean(0).tolist()).weight.detach().numpy()
-                kernels["".join(names)] = {name: np.array(weight[:, place]) for place, name in enumerate(names)}
-        kernels = dict(sorted(kernels.items(), key=lambda item: -len(item[1])))
+                row = kernels["alone" if len(names) == 1 else whole]
+                row |= {name: np.array(weight[:, place]) for place, name in enumerate(names)}
         options.output.mkdir(parents=True, exist_ok=True)
         draw_kernels(options.output / "kernels.png", kernels, f"{card.model}: kernels, scale and gain included")
         draw_attention(options.output / "attention.png", mixtures, f"{card.model}: attention over {len(split)} images")

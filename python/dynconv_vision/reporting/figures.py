@@ -191,7 +191,8 @@ def _bar_legend(figure: Figure, names: Sequence[str], marked: bool) -> None:
     handles = [Line2D([], [], color=colours[name], linewidth=8, label=model_label(name)) for name in names]
     if marked:
         handles.append(_source_handle())
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    columns = len(handles) if len(handles) <= 4 else -(-len(handles) // 2)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _draw_bars(

@@ -12,11 +12,11 @@ from .figures import INK, new_figure, save_figure, style_axes
 
 
 def draw_kernels(path: Path, kernels: Mapping[str, Mapping[str, np.ndarray]], title: str) -> None:
-    """The kernels of every channel, in every set that it is shown in; one scale for all.
+    """The kernels of every channel; one scale for all.
 
     Args:
         path: The PNG to write.
-        kernels: By set, by channel: (O, kH, kW).
+        kernels: By row, such as "in RGB" and "alone", by channel: (O, kH, kW).
         title: Above the picture.
     """
     channels = list(dict.fromkeys(name for row in kernels.values() for name in row))
@@ -32,7 +32,7 @@ def draw_kernels(path: Path, kernels: Mapping[str, Mapping[str, np.ndarray]], ti
                 axes.set_axis_off()
                 continue
             image = axes.imshow(_tiles(row[channel]), cmap="RdBu_r", vmin=-largest, vmax=largest)
-            axes.set_title(f"{channel} in {name}" if name != channel else f"{channel} alone", fontsize=9, color=INK)
+            axes.set_title(f"{channel} {name}", fontsize=9, color=INK)
     figure.colorbar(image, ax=grid, shrink=0.6, label="weight")
     figure.suptitle(title)
     save_figure(figure, path)
@@ -74,7 +74,7 @@ def draw_attention(path: Path, mixtures: Mapping[str, np.ndarray], title: str) -
     axes.axhline(1 / count, color=INK, linestyle=":", linewidth=1)
     axes.set_xticks(range(len(mixtures)), list(mixtures))
     axes.set_xlabel("channels of the images")
-    axes.set_ylabel("mixing weight (box: quartiles, whiskers: 5 to 95 %)")
+    axes.set_ylabel("mixing weight (quartiles; 5, 95 %)")
     axes.set_ylim(0, 1)
     style_axes(axes)
     figure.legend(loc="outside lower center", ncols=count, frameon=False)
