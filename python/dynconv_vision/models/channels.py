@@ -253,14 +253,13 @@ class StaticChannelConv(nn.Conv2d):
 
         Args:
             x: (N, m, H, W).
-            channels, present: See the head of this module; there is no kernel for channels of unknown identity.
+            channels, present: See the head of this module; there is no kernel for channels of unknown identity, so a
+                single channel wants its name, unless only one is known.
 
         Raises:
             ValueError: If the names do not fit ``x`` or the known channels, or one is None.
         """
         known = len(self.channels)
-        if channels is None and x.dim() == 4 and x.shape[1] == 1:
-            channels = self.channels[:1]
         places = channel_places(x, channels, self.channels)
         if known in places:
             raise ValueError(f"channels: got {channels!r}, expected names out of {self.channels}")
