@@ -66,6 +66,11 @@ DYNAMIC_CASES = [
     DynamicCase("one_kernel", num_kernels=1),
     DynamicCase("sixteen_kernels", num_kernels=16, temperature=30.0),
     DynamicCase("depthwise", channels=7, out_channels=7, groups=7),
+    DynamicCase(
+        "depthwise_several_vectors", 2, 37, (11, 19), 37, (3, 5), (2, 1), (1, 2), (1, 2), groups=37, num_kernels=3
+    ),
+    DynamicCase("depthwise_same_size", 2, 32, (9, 18), 32, groups=32),
+    DynamicCase("depthwise_wide_padding", 2, 5, (4, 3), 5, (2, 3), padding=(3, 2), groups=5, temperature=None),
     DynamicCase("depthwise_multiplier", channels=3, out_channels=12, groups=3),
     DynamicCase("few_output_channels", out_channels=3),
     DynamicCase("pointwise", channels=37, kernel=(1, 1), padding=(0, 0), out_channels=11),

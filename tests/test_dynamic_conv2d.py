@@ -138,7 +138,7 @@ def test_tiles_and_samples_agree(case, dtype, channels_last, monkeypatch):
 def test_unknown_path_is_an_error(monkeypatch):
     monkeypatch.setenv("DYNCONV_DYNAMIC_CONV2D", "quick")
     case = CASES["small"]
-    with pytest.raises(RuntimeError, match="DYNCONV_DYNAMIC_CONV2D: got quick, expected tiles or samples"):
+    with pytest.raises(RuntimeError, match="DYNCONV_DYNAMIC_CONV2D: got quick, expected depthwise, tiles or samples"):
         case.call(dynamic_conv2d, case.tensors(torch.float32))
 
 
@@ -260,18 +260,23 @@ def test_autocast_leaves_float64_alone():
 # ---------------------------------------------------------------------------------------- layouts, batches, gradients
 
 
-@pytest.mark.parametrize("path", ["tiles", "samples"])
-def test_channels_last_in_channels_last_out(path, monkeypatch):
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("tiles", "all_different"), ("samples", "all_different"), ("depthwise", "depthwise_several_vectors")],
+)
+def test_channels_last_in_channels_last_out(path, name, monkeypatch):
     monkeypatch.setenv("DYNCONV_DYNAMIC_CONV2D", path)
-    op_checks.assert_keeps_channels_last(CASES["all_different"], dynamic_conv2d)
+    op_checks.assert_keeps_channels_last(CASES[name], dynamic_conv2d)
 
 
-def test_non_contiguous_arguments():
-    op_checks.assert_takes_any_strides(CASES["all_different"], dynamic_conv2d)
+@pytest.mark.parametrize("name", ["all_different", "depthwise_several_vectors"])
+def test_non_contiguous_arguments(name):
+    op_checks.assert_takes_any_strides(CASES[name], dynamic_conv2d)
 
 
-def test_expanded_gradient():
-    op_checks.assert_takes_an_expanded_gradient(CASES["small"], dynamic_conv2d, reference.dynamic_conv2d)
+@pytest.mark.parametrize("name", ["small", "depthwise_same_size"])
+def test_expanded_gradient(name):
+    op_checks.assert_takes_an_expanded_gradient(CASES[name], dynamic_conv2d, reference.dynamic_conv2d)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -287,11 +292,14 @@ def test_empty_batch(dtype):
         assert t.grad.shape == t.shape and (t.grad == 0).all()
 
 
-@pytest.mark.parametrize("path", ["tiles", "samples"])
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("tiles", "all_different"), ("samples", "all_different"), ("depthwise", "depthwise_several_vectors")],
+)
 @pytest.mark.parametrize("wanted", range(4), ids=DynamicCase.names)
-def test_only_the_gradient_asked_for(wanted, path, monkeypatch):
+def test_only_the_gradient_asked_for(wanted, path, name, monkeypatch):
     monkeypatch.setenv("DYNCONV_DYNAMIC_CONV2D", path)
-    case = CASES["all_different"]
+    case = CASES[name]
     op_checks.assert_computes_only_the_gradient(wanted, case, dynamic_conv2d, reference.dynamic_conv2d)
     detached = [t.detach() for t in case.tensors(torch.float64)]
     mask = [i == wanted for i in range(4)]
@@ -321,8 +329,10 @@ def test_mixed_kernels_are_never_saved():
     out.sum().backward()
 
 
-@pytest.mark.parametrize("path", ["tiles", "samples"])
-@pytest.mark.parametrize("name", ["all_different", "one_sample_shared_by_threads", "several_tiles_of_pixels"])
+@pytest.mark.parametrize("path", ["tiles", "samples", "depthwise"])
+@pytest.mark.parametrize(
+    "name", ["all_different", "depthwise_several_vectors", "one_sample_shared_by_threads", "several_tiles_of_pixels"]
+)
 def test_same_result_for_any_number_of_threads_and_runs(name, path, monkeypatch):
     monkeypatch.setenv("DYNCONV_DYNAMIC_CONV2D", path)
     op_checks.assert_gives_the_same_for_any_threads(CASES[name], dynamic_conv2d)

@@ -2,6 +2,7 @@
 // CPU backend of aggregate_kernels and dynamic_conv2d. The kernels of all samples are never in memory at once, unless
 // aggregate_kernels is asked for them.
 #include "dynamic_conv2d/dynamic_conv2d_cpu.h"
+#include "dynamic_conv2d/dynamic_conv2d_cpu_depthwise.h"
 #include "dynamic_conv2d/dynamic_conv2d_cpu_samples.h"
 #include "dynamic_conv2d/dynamic_conv2d_cpu_tiles.h"
 #include "dynamic_conv2d/dynamic_conv2d_params.h"
@@ -109,14 +110,19 @@ std::tuple<Tensor, Tensor, Tensor> aggregate_kernels_backward_cpu(
 
 // ---------------------------------------------------------------------------------------------------- dynamic_conv2d
 
-// Whether to compute by tiles rather than sample by sample: wherever tiles fit. The environment variable
-// DYNCONV_DYNAMIC_CONV2D=tiles|samples decides instead where both can: for tests and measurements.
-bool use_tiles(const DynamicConv2dParams& p) {
-  if (!tiles_fit(p)) return false;
-  const char* wish = std::getenv("DYNCONV_DYNAMIC_CONV2D");
-  if (wish == nullptr || *wish == '\0' || std::string(wish) == "tiles") return true;
-  if (std::string(wish) == "samples") return false;
-  fail("DYNCONV_DYNAMIC_CONV2D: got ", wish, ", expected tiles or samples");
+enum class Way { depthwise, tiles, samples };
+
+// How to compute: channels side by side where each has its own kernel, by tiles elsewhere, sample by sample where tiles
+// don't fit. The environment variable DYNCONV_DYNAMIC_CONV2D=depthwise|tiles|samples decides instead where several can: for
+// tests and measurements.
+Way way_of(const DynamicConv2dParams& p) {
+  const char* const value = std::getenv("DYNCONV_DYNAMIC_CONV2D");
+  const std::string wish = value == nullptr ? "" : value;
+  if (!wish.empty() && wish != "depthwise" && wish != "tiles" && wish != "samples")
+    fail("DYNCONV_DYNAMIC_CONV2D: got ", wish, ", expected depthwise, tiles or samples");
+  if (wish == "samples") return Way::samples;
+  if (depthwise_fits(p) && wish != "tiles") return Way::depthwise;
+  return tiles_fit(p) ? Way::tiles : Way::samples;
 }
 
 // Calls f with the tiles: of bfloat16 itself where the CPU multiplies it, of acc_t elsewhere.
@@ -140,7 +146,10 @@ Tensor dynamic_conv2d_cpu(const Tensor& input, const Tensor& weight, const Tenso
   dispatch(input, [&]<class S, class A, class P>(TypeTag<S>, TypeTag<A>, TypeTag<P>) {
     const Buffer<A> mix = mixing_weights_of(p.bank, reader_of<A>(a));
     const DynamicTensors<S> tensors{const_data<S>(x), const_data<S>(w), const_data<S>(b), nullptr, false};
-    if (use_tiles(p)) with_tiles<S, A>(p, tensors, mix.data(), [&](auto tiles) { tiles.forward(mutable_data<S>(out)); });
+    const Way way = way_of(p);
+    if (way == Way::depthwise) DynamicDepthwise<S, A>(p, tensors, mix.data()).forward(mutable_data<S>(out));
+    else if (way == Way::tiles)
+      with_tiles<S, A>(p, tensors, mix.data(), [&](auto tiles) { tiles.forward(mutable_data<S>(out)); });
     else DynamicSamples<S, A, P>(p, tensors, mix.data()).forward(mutable_data<S>(out));
   });
   return out;
@@ -199,7 +208,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_conv2d_backward_cpu(
     grad_mix.zero();
     const DynamicGradients<S, A> wanted{mutable_data<S>(grad_input), mutable_data<S>(grad_weight),
                                         mutable_data<S>(grad_bias), grad_mix.data()};
-    if (use_tiles(p)) with_tiles<S, A>(p, tensors, mix.data(), [&](auto tiles) { tiles.backward(wanted); });
+    const Way way = way_of(p);
+    if (way == Way::depthwise) DynamicDepthwise<S, A>(p, tensors, mix.data()).backward(wanted);
+    else if (way == Way::tiles) with_tiles<S, A>(p, tensors, mix.data(), [&](auto tiles) { tiles.backward(wanted); });
     else DynamicSamples<S, A, P>(p, tensors, mix.data()).backward(wanted);
     if (b && (want_bias || want_attention)) {
       const Buffer<A> sums = pixel_sums<S, A>(p, tensors);

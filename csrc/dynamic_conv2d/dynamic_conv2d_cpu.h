@@ -97,6 +97,37 @@ struct DynamicTileKernels {
   void (*turn_over)(const storage_t* from, int64_t row_stride, int64_t outs, int64_t count, tile_t* turned) = nullptr;
 };
 
+// Depthwise: channels stand in the lanes of vectors (dynamic_conv2d_cpu_depthwise.h).
+
+struct DepthwiseGeometry {
+  int64_t kernel_height, kernel_width, stride_height, stride_width, dilation_height, dilation_width;
+};
+
+// A block of an image's channels.
+template <class storage_t>
+struct DepthwiseImage {
+  const storage_t* data;
+  int64_t channels, height, width, channel_stride, pixel_stride;
+};
+
+// Planes are (rows, columns) vectors, kernels and their gradients (taps) vectors, banks (K, taps) vectors.
+template <class storage_t, class acc_t>
+struct DepthwiseKernels {
+  int64_t lanes;
+  void (*load)(const DepthwiseImage<storage_t>&, acc_t* plane, int64_t columns, int64_t top, int64_t left);
+  void (*store)(const acc_t* plane, int64_t columns, int64_t top, int64_t left, const DepthwiseImage<storage_t>&,
+                storage_t* to);
+  void (*convolve)(const DepthwiseGeometry&, const acc_t* plane, int64_t columns, const acc_t* kernel, const acc_t* bias,
+                   const DepthwiseImage<storage_t>& out_shape, acc_t* scratch, storage_t* out);
+  void (*scatter)(const DepthwiseGeometry&, const acc_t* grad_out, int64_t height, int64_t width, const acc_t* kernel,
+                  acc_t* grad_plane, int64_t columns);
+  void (*correlate)(const DepthwiseGeometry&, const acc_t* plane, int64_t columns, const acc_t* grad_out, int64_t height,
+                    int64_t width, acc_t* grads);
+  void (*mix)(const acc_t* bank, const acc_t* a, int64_t kernels, int64_t taps, acc_t* mixed);
+  void (*unmix)(const acc_t* bank, const acc_t* a, const acc_t* grads, int64_t kernels, int64_t taps, acc_t* sums,
+                acc_t* dots);
+};
+
 }  // namespace dynconv
 
 #define DYNCONV_KERNELS "dynamic_conv2d/dynamic_conv2d_cpu_kernels.h"

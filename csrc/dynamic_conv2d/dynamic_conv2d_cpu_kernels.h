@@ -5,6 +5,7 @@
 #include "common/matmul.inl"
 #include "common/rows.inl"
 #include "dynamic_conv2d/dynamic_conv2d_cpu_columns.inl"
+#include "dynamic_conv2d/dynamic_conv2d_cpu_depthwise.inl"
 #include "dynamic_conv2d/dynamic_conv2d_cpu_mixing.inl"
 #if defined(DYNCONV_AVX512_BF16)
 #include "dynamic_conv2d/dynamic_conv2d_cpu_pairs.inl"
