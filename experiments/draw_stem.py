@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dynconv_vision.data import channel_sets, derive_channels, load_list
+from dynconv_vision.data import load_list
+from dynconv_vision.data.derived import channel_sets, derive_channels
 from dynconv_vision.models import VariableInputConv
 from dynconv_vision.reporting.stem import draw_attention, draw_kernels
 from dynconv_vision.training import EvaluationLoader, StudyError, load_network, prepare_images

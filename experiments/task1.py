@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 
-from dynconv_vision.data import channel_sets
+from dynconv_vision.data.derived import channel_sets
 from dynconv_vision.training.study import Network, Preset, Study, main
 
 RGB = ("R", "G", "B")

@@ -21,15 +21,13 @@ import torch
 from data_helpers import FailingSource, random_image, write_cifar10, write_image, write_list_folder
 from dynconv_vision import data
 from dynconv_vision.data import (
-    CHANNEL_NAMES,
     cache,
-    channel_statistics,
-    derive_channels,
     preprocessing,
     splits,
     workers,
 )
 from dynconv_vision.data.cache import prepare
+from dynconv_vision.data.derived import CHANNEL_NAMES, channel_statistics, derive_channels
 from dynconv_vision.data.generated import CLASSES, COLOURS, SHAPES, GeneratedSource, draw
 from dynconv_vision.data.preprocessing import PreprocessConfig, UnreadableImageError, preprocess, read_bgr
 from dynconv_vision.data.sources import ArraySource

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from dynconv_vision.data import CHANNEL_NAMES
+from dynconv_vision.data.derived import CHANNEL_NAMES
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "float32", "bf16")

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from dynconv_vision.data import derive_channels
+from dynconv_vision.data.derived import derive_channels
 from dynconv_vision.models import sample_channel_sets, sample_channels
 
 from .config import StudyError, TrainConfig

@@ -26,7 +26,8 @@ import torch
 import torch.distributed
 import torchvision
 
-from dynconv_vision.data import CHANNEL_NAMES, channel_statistics, load_dataset
+from dynconv_vision.data import load_dataset
+from dynconv_vision.data.derived import CHANNEL_NAMES, channel_statistics
 from dynconv_vision.models import ChannelNorm, count_flops, count_parameters, create_model
 from dynconv_vision.reporting import ResultsError, write_report
 from dynconv_vision.reporting.source_report import CHANNEL_SETS
