@@ -184,18 +184,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_conv2d_backward_cpu(
       make_params(input, weight, attention, bias, stride, padding, dilation, groups, temperature);
   check_backward(grad_out, input, p, output_mask);
   const bool want_attention = output_mask[2], want_bias = output_mask[3] && bias;
-  Tensor grad_input =
-      new_gradient(output_mask[0], input, {p.batch, p.channels, p.height, p.width}, p.channels_last);
-  Tensor grad_weight = new_gradient(
-      output_mask[1], weight,
-      {p.bank.num_kernels, p.out_channels, p.group_channels(), p.kernel_height, p.kernel_width});
-  Tensor grad_attention = new_gradient(want_attention, attention, {p.batch, p.bank.num_kernels});
-  Tensor grad_bias = new_gradient(want_bias, weight, {p.bank.num_kernels, p.out_channels});
-  if (p.batch == 0) {
-    torch::stable::zero_(grad_weight);
-    torch::stable::zero_(grad_bias);
-    return {grad_input, grad_weight, grad_attention, grad_bias};
-  }
+  DynamicBackwardTensors grads(p, input, weight, attention, bias.has_value(), output_mask);
+  if (p.batch == 0) return grads.zeroed();
   const bool grad_channels_last = is_channels_last(grad_out);
   const Tensor g = dense(grad_out, grad_channels_last), x = dense(input, p.channels_last), w = dense(weight, false),
                a = dense(attention, false);
@@ -206,8 +196,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_conv2d_backward_cpu(
                                     grad_channels_last};
     Buffer<A> grad_mix(want_attention ? p.batch * p.bank.num_kernels : 0);
     grad_mix.zero();
-    const DynamicGradients<S, A> wanted{mutable_data<S>(grad_input), mutable_data<S>(grad_weight),
-                                        mutable_data<S>(grad_bias), grad_mix.data()};
+    const DynamicGradients<S, A> wanted{mutable_data<S>(grads.input), mutable_data<S>(grads.weight),
+                                        mutable_data<S>(grads.bias), grad_mix.data()};
     const Way way = way_of(p);
     if (way == Way::depthwise) DynamicDepthwise<S, A>(p, tensors, mix.data()).backward(wanted);
     else if (way == Way::tiles) with_tiles<S, A>(p, tensors, mix.data(), [&](auto tiles) { tiles.backward(wanted); });
@@ -216,9 +206,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_conv2d_backward_cpu(
       const Buffer<A> sums = pixel_sums<S, A>(p, tensors);
       unmix_bias(p.bank, tensors.bias, mix.data(), sums.data(), wanted.mix, wanted.bias);
     }
-    if (want_attention) write_grad_attention(p.bank, mix.data(), grad_mix.data(), writer_of<A>(grad_attention));
+    if (want_attention) write_grad_attention(p.bank, mix.data(), grad_mix.data(), writer_of<A>(grads.attention));
   });
-  return {grad_input, grad_weight, grad_attention, grad_bias};
+  return grads.all();
 }
 
 }  // namespace

@@ -148,17 +148,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_conv2d_backward_cuda(
   check_backward(grad_out, input, p, output_mask);
   check_sizes(p);
   const DeviceContext context(input);
-  Tensor grad_input = new_gradient(output_mask[0], input, {p.batch, p.channels, p.height, p.width}, p.channels_last);
-  Tensor grad_weight = new_gradient(
-      output_mask[1], weight,
-      {p.bank.num_kernels, p.out_channels, p.group_channels(), p.kernel_height, p.kernel_width});
-  Tensor grad_attention = new_gradient(output_mask[2], attention, {p.batch, p.bank.num_kernels});
-  Tensor grad_bias = new_gradient(output_mask[3] && bias, weight, {p.bank.num_kernels, p.out_channels});
-  if (p.batch == 0) {
-    torch::stable::zero_(grad_weight);
-    torch::stable::zero_(grad_bias);
-    return {grad_input, grad_weight, grad_attention, grad_bias};
-  }
+  DynamicBackwardTensors grads(p, input, weight, attention, bias.has_value(), output_mask);
+  if (p.batch == 0) return grads.zeroed();
   const bool grad_out_channels_last = is_channels_last(grad_out);
   const Tensor g = dense(grad_out, grad_out_channels_last), x = dense(input, p.channels_last),
                w = torch::stable::contiguous(weight);
@@ -169,13 +160,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_conv2d_backward_cuda(
                                   mix.const_data_ptr()},
                                  g.const_data_ptr(),
                                  grad_out_channels_last,
-                                 {mutable_data<void>(grad_input), mutable_data<void>(grad_weight),
-                                  mutable_data<void>(grad_attention), mutable_data<void>(grad_bias)},
+                                 {mutable_data<void>(grads.input), mutable_data<void>(grads.weight),
+                                  mutable_data<void>(grads.attention), mutable_data<void>(grads.bias)},
                                  storage_type_of(attention)};
   Tensor workspace = new_workspace(input, dynamic_conv2d_backward_workspace(precision, call));
   check_cuda(launch_dynamic_conv2d_backward(precision, call, workspace_data(workspace), context.stream()),
              "dynamic_conv2d_backward");
-  return {grad_input, grad_weight, grad_attention, grad_bias};
+  return grads.all();
 }
 
 }  // namespace

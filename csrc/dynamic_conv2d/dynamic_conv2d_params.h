@@ -3,7 +3,10 @@
 #pragma once
 
 #include "common/checks.h"
+#include "common/dispatch.h"
 #include "dynamic_conv2d/dynamic_conv2d.h"
+
+#include <tuple>
 
 namespace dynconv {
 
@@ -108,5 +111,26 @@ inline void check_backward(const Tensor& grad_out, const Tensor& input, const Dy
   check_grad_out(grad_out, input, p, "weight.shape[1]");
   check_output_mask(output_mask, 4);
 }
+
+// The gradients that dynamic_conv2d's backward makes; those not wanted have shape (0,).
+struct DynamicBackwardTensors {
+  Tensor input, weight, attention, bias;
+
+  DynamicBackwardTensors(const DynamicConv2dParams& p, const Tensor& input_, const Tensor& weight_,
+                         const Tensor& attention_, bool has_bias, const std::vector<bool>& output_mask)
+      : input(new_gradient(output_mask[0], input_, {p.batch, p.channels, p.height, p.width}, p.channels_last)),
+        weight(new_gradient(output_mask[1], weight_,
+                            {p.bank.num_kernels, p.out_channels, p.group_channels(), p.kernel_height, p.kernel_width})),
+        attention(new_gradient(output_mask[2], attention_, {p.batch, p.bank.num_kernels})),
+        bias(new_gradient(output_mask[3] && has_bias, weight_, {p.bank.num_kernels, p.out_channels})) {}
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor> all() const { return {input, weight, attention, bias}; }
+  // Of a batch without samples.
+  std::tuple<Tensor, Tensor, Tensor, Tensor> zeroed() {
+    torch::stable::zero_(weight);
+    torch::stable::zero_(bias);
+    return all();
+  }
+};
 
 }  // namespace dynconv
