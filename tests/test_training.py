@@ -36,6 +36,7 @@ from dynconv_vision.training import (
     train_model,
 )
 from dynconv_vision.training.datamodule import Batch, make_augmentation
+from dynconv_vision.training.matmul_conv import use_matmul_convolutions
 
 CLASSES = ("dark", "dim", "bright", "white")
 
@@ -615,3 +616,51 @@ if __name__ == "__main__":
     data = ArrayDataset(CLASSES, 8, brightness_split(70, 1), brightness_split(30, 2), brightness_split(30, 3))
     kill = AtCall(16, lambda: os.kill(os.getpid(), signal.SIGKILL))
     train_model(network(kill), data, CONFIG, Path(sys.argv[1]), progress=False)
+
+
+@pytest.mark.parametrize("kernel, stride, padding", [(3, 1, 1), (3, 2, 1), (1, 2, 0), ((3, 2), (1, 2), (0, 1))])
+def test_small_maps_as_matrix_products_are_convolutions(kernel, stride, padding):
+    torch.manual_seed(0)
+    plain = nn.Conv2d(64, 5, kernel, stride, padding, bias=False).double()
+    other = nn.Conv2d(64, 5, kernel, stride, padding, bias=False).double()
+    other.load_state_dict(plain.state_dict())
+    use_matmul_convolutions(other)
+    assert type(other) is not nn.Conv2d
+    x = torch.randn(2, 64, 4, 3, dtype=torch.float64, requires_grad=True)
+    y = other(x)
+    torch.testing.assert_close(y, plain(x))
+    assert "MatmulConv" in y.grad_fn.name()
+    grad = torch.randn_like(y)
+    got = torch.autograd.grad(y, (x, other.weight), grad)
+    torch.testing.assert_close(got, torch.autograd.grad(plain(x), (x, plain.weight), grad))
+
+
+def test_matrix_products_leave_other_convolutions_alone():
+    layers = [
+        nn.Conv2d(64, 8, 3, bias=True),
+        nn.Conv2d(64, 64, 3, groups=64, bias=False),
+        nn.Conv2d(64, 8, 3, dilation=2, bias=False),
+        nn.Conv2d(64, 8, 3, padding="same", bias=False),
+        nn.Conv2d(64, 8, 3, padding=1, padding_mode="reflect", bias=False),
+        nn.Conv2d(3, 8, 3, bias=False),
+    ]
+    use_matmul_convolutions(nn.Sequential(*layers))
+    assert [type(layer) for layer in layers] == [nn.Conv2d] * 6
+    large = nn.Conv2d(64, 8, 3, bias=False)
+    use_matmul_convolutions(large)
+    # oneDNN's, for maps this large
+    assert "MatmulConv" not in large(torch.zeros(1, 64, 8, 8)).grad_fn.name()
+    with pytest.raises(RuntimeError):
+        large(torch.zeros(1, 64, 2, 2))
+
+
+def test_matrix_products_under_autocast_keep_float32_weights():
+    layer = nn.Conv2d(64, 8, 3, padding=1, bias=False)
+    use_matmul_convolutions(layer)
+    x = torch.randn(2, 64, 2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert layer.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(y.float(), nn.functional.conv2d(x, layer.weight, padding=1), rtol=0.02, atol=0.02)

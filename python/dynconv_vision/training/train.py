@@ -25,6 +25,7 @@ from .checkpoints import load_weights, read_checkpoint
 from .config import StudyError, TrainConfig
 from .datamodule import EVALUATION_BATCH_SIZE, Dataset, EvaluationLoader, ImageDataModule, Split, prepare_images
 from .hardware import resolve_device, resolve_precision
+from .matmul_conv import use_matmul_convolutions
 from .module import ClassificationModule, select_channels, use_channels_last
 
 
@@ -82,6 +83,8 @@ def train_model(
 
     if config.channels_last:
         use_channels_last(model)
+    if device == "cpu" and precision == "bf16":
+        use_matmul_convolutions(model)
     module = ClassificationModule(model, config, len(dataset.classes), dataset.image_size, card)
     stop = StopRequest()
     bar = EpochBar() if progress and sys.stderr.isatty() else None
