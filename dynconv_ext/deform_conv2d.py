@@ -325,11 +325,12 @@ class DeformableConv2d(ConvLayer):
         stride, padding, dilation, groups: as in :func:`deform_conv2d`.
         offset_groups: D; the prediction has 3 * D * kH * kW channels.
         bias: whether ``regular_conv`` has a bias; the predictions always have one.
+        modulation: whether to predict a mask; without, the layer is that of Dai et al. 2017, arXiv:1703.06211.
         device, dtype: of the parameters.
 
     Attributes:
         offset_conv: nn.Conv2d, C -> 2 * D * kH * kW channels.
-        modulator_conv: nn.Conv2d, C -> D * kH * kW channels.
+        modulator_conv: nn.Conv2d, C -> D * kH * kW channels; None without modulation.
         regular_conv: nn.Conv2d that holds weight (O, C / groups, kH, kW) and bias (O,) of the convolution itself.
 
     Raises:
@@ -359,6 +360,8 @@ class DeformableConv2d(ConvLayer):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        modulation: bool = True,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
         if not is_whole(offset_groups) or offset_groups < 1 or in_channels % offset_groups != 0:
@@ -374,7 +377,7 @@ class DeformableConv2d(ConvLayer):
         taps = math.prod(self.kernel_size)
         self.offset_groups = offset_groups
         self.offset_conv = nn.Conv2d(in_channels, 2 * offset_groups * taps, **options)
-        self.modulator_conv = nn.Conv2d(in_channels, offset_groups * taps, **options)
+        self.modulator_conv = nn.Conv2d(in_channels, offset_groups * taps, **options) if modulation else None
         # Holds the weight and the bias of the deformable convolution; never called as a convolution.
         self.regular_conv = nn.Conv2d(in_channels, out_channels, groups=groups, bias=bias, **options)
         self.reset_parameters()
@@ -382,20 +385,24 @@ class DeformableConv2d(ConvLayer):
     def reset_parameters(self) -> None:
         """Zero predictions, and the initialisation of nn.Conv2d for the convolution itself."""
         for conv in (self.offset_conv, self.modulator_conv):
-            init.zeros_(conv.weight)
-            init.zeros_(conv.bias)
+            if conv is not None:
+                init.zeros_(conv.weight)
+                init.zeros_(conv.bias)
         self.regular_conv.reset_parameters()
 
-    def predict(self, input: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the layer convolves an input with.
 
         Args:
             input: (N, C, H, W).
 
         Returns:
-            Offset (N, 2 * D * kH * kW, Ho, Wo) in input pixels, and mask (N, D * kH * kW, Ho, Wo) in 0..2.
+            Offset (N, 2 * D * kH * kW, Ho, Wo) in input pixels, and mask (N, D * kH * kW, Ho, Wo) in 0..2, or None
+            without modulation.
         """
         conv = self.offset_conv
+        if self.modulator_conv is None:
+            return conv(input), None
         weight = torch.cat([conv.weight, self.modulator_conv.weight])
         bias = torch.cat([conv.bias, self.modulator_conv.bias])
         both = nn.functional.conv2d(input, weight, bias, conv.stride, conv.padding, conv.dilation)

@@ -17,8 +17,8 @@ from matplotlib.image import imread
 from dynconv_vision.models import list_models
 from dynconv_vision.reporting import ResultsError, load_history, load_results, write_report, write_summary
 from dynconv_vision.reporting.figures import model_colours
+from dynconv_vision.reporting.outcomes import Bootstrap
 from dynconv_vision.reporting.source_report import CHANNEL_SETS, FIGURE_3, FIGURES, corrected
-from dynconv_vision.reporting.summary import Bootstrap
 
 TASK1 = {
     "resnet18": {"params": 11_194_482, "flops": 1_121_503_232, "test_acc": 51.25, "seconds": 812.4},
@@ -326,7 +326,13 @@ def add_run(folder: Path, seed: int, networks: dict[str, dict[str, int]], **chan
             arrays[f"val/{each}"] = np.where(np.arange(50) < 20, LABELS[:50], 7)
         (folder / name).mkdir()
         np.savez(folder / name / "predictions.npz", **arrays)
-        entry = {"params": 1e6, "flops": 2e9, "seconds": 8.0 if name == "resnet18" else 10.0, "epochs": 4}
+        entry = {
+            "params": 1e6,
+            "flops": 2e9,
+            "train_acc": 50.0,
+            "seconds": 8.0 if name == "resnet18" else 10.0,
+            "epochs": 4,
+        }
         (folder / name / "result.json").write_text(json.dumps(entry))
 
 
@@ -374,6 +380,46 @@ def test_summary(tmp_path: Path) -> None:
         assert sum(1 for _ in csv.DictReader(file)) == 2 * 5 * 7 + 5
 
 
+def test_summary_of_task2(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        networks = {
+            "resnet34": {"": 100},
+            "task2_published": {"": 91 - 2 * seed},
+            "four_conv": {"": 96},
+            "four_conv_distilled": {"": 120},
+            "four_conv_plain": {"": 92},
+        }
+        add_run(tmp_path / "strong" / f"seed{seed}", seed, networks, task="task2")
+    add_run(tmp_path / "paper" / "seed0", 0, {"resnet34": {"": 95}}, task="task2", preset="paper")
+    text = write_summary(tmp_path / "strong", resamples=200, against=tmp_path / "paper")
+    assert_picture(tmp_path / "strong" / "trade_off.png", ["#009E73", "#0072B2", "#D55E00"])
+    content = json.loads((tmp_path / "strong" / "summary.json").read_text())
+    aims = {aim["aim"]: aim for aim in content["aims"]}
+    # All of ours have the same validation accuracy here; the distilled one is no candidate.
+    assert aims["`four_conv`, share of ResNet-34's accuracy"]["measured"].startswith("96.00 [")
+    assert aims["`four_conv`, share of ResNet-34's accuracy"]["met"]
+    published = aims["published network, share of ResNet-34's accuracy"]
+    assert published["measured"].startswith("90.00 [") and published["met"]
+    other = aims["`four_conv`, share of the accuracy of ResNet-34 under the other recipe"]
+    assert other["measured"].startswith("101.05 [") and other["met"]
+    # The stub gives all networks the same operations.
+    assert not aims["`four_conv`, operations over ResNet-34's"]["met"]
+    line = next(line for line in text.splitlines() if line.startswith("| `four_conv_plain` "))
+    assert "46.00 [" in line and "92.00 [" in line and "-2.00 [" in line
+    with (tmp_path / "strong" / "summary.csv").open() as file:
+        assert [line["test_acc"] for line in csv.DictReader(file)][:2] == ["50.0000", "45.0000"]
+
+
+def test_summary_compares_runs_on_the_same_images_alone(tmp_path: Path) -> None:
+    add_run(tmp_path / "one", 0, {"resnet34": {"": 9}}, task="task2")
+    add_run(tmp_path / "other", 0, {"resnet34": {"": 9}}, task="task2", image_size=32)
+    with pytest.raises(ResultsError, match="against: .*other: image_size is 32, expected 64"):
+        write_summary(tmp_path / "one", against=tmp_path / "other")
+    add_run(tmp_path / "task1", 0, {"resnet18": counts(9, 9, 9)})
+    with pytest.raises(ResultsError, match="against: got .* for runs of task1, expected runs of task2"):
+        write_summary(tmp_path / "task1", against=tmp_path / "other")
+
+
 def test_bootstrap_is_that_of_a_share() -> None:
     """The interval of a share p of n images is near p -+ 1.96 sqrt(p (1 - p) / n), and paired differences are tighter."""
     bootstrap = Bootstrap(1000, 4000)
@@ -382,13 +428,18 @@ def test_bootstrap_is_that_of_a_share() -> None:
     assert estimate.mean == pytest.approx(30)
     assert (estimate.low, estimate.high) == pytest.approx((30 - 2.84, 30 + 2.84), abs=0.25)
     assert bootstrap.estimate(right - right).high == 0
+    ratio = bootstrap.ratio(right, right)
+    assert (ratio.mean, ratio.low, ratio.high) == (100, 100, 100)
+    # The relative errors of two independent shares add in squares: 0.7 / 0.3 of each, over 1000 images.
+    ratio = bootstrap.ratio(right, right[::-1])
+    assert ratio.mean == pytest.approx(100) and 15 < (ratio.high - ratio.low) / 2 < 20
     other = (np.arange(1000) < 310).astype(float)
     difference = bootstrap.estimate(other - right)
     assert difference.mean == pytest.approx(1) and difference.high - difference.low < 1.5
 
 
 def test_summary_explains_runs_that_do_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(ResultsError, match="no network of Task I is done in it"):
+    with pytest.raises(ResultsError, match="no network is done in it"):
         write_summary(tmp_path)
     add_run(tmp_path / "one", 0, {"resnet18": counts(9, 9, 9)})
     add_run(tmp_path / "two", 0, {"resnet18": counts(9, 9, 9)})

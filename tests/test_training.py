@@ -131,6 +131,8 @@ CONFIG = TrainConfig(
     schedule="cosine",
     warmup_epochs=0.5,
     augment="light",
+    mix="both",
+    mix_share=0.5,
     ema_decay=0.9,
     early_stop_patience=5,
     device="cpu",
@@ -189,6 +191,9 @@ class TestConfig:
             ("augment", 1, "augment: got 1, expected one of none, light, strong"),
             ("channels", ("R", "Q"), "channels: got ('R', 'Q'), expected different names out of R, G, B, L"),
             ("ema_decay", 1.0, "ema_decay: got 1.0, expected a number >= 0.0 and < 1.0"),
+            ("mix", "blend", "mix: got 'blend', expected one of none, mixup, cutmix, both"),
+            ("mix_share", 1.5, "mix_share: got 1.5, expected a number >= 0.0 and <= 1.0"),
+            ("distillation", -0.5, "distillation: got -0.5, expected a number >= 0.0 and <= 1.0"),
             ("optimizer", "lion", "optimizer: got 'lion', expected one of adam, adamw, sgd"),
         ],
     )
@@ -327,7 +332,7 @@ class TestBatches:
 
 class TestTraining:
     def test_learns(self, dataset: ArrayDataset, tmp_path: Path) -> None:
-        config = dataclasses.replace(CONFIG, epochs=12, augment="none", learning_rate=0.05, ema_decay=None)
+        config = dataclasses.replace(CONFIG, epochs=12, augment="none", mix="none", learning_rate=0.05, ema_decay=None)
         model = network()
         result = train_model(model, dataset, config, tmp_path, progress=False)
         assert result.best.val_acc > 80
@@ -664,3 +669,85 @@ def test_matrix_products_under_autocast_keep_float32_weights():
     y.float().sum().backward()
     assert layer.weight.grad.dtype == torch.float32
     torch.testing.assert_close(y.float(), nn.functional.conv2d(x, layer.weight, padding=1), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
+def test_mixed_images_and_labels(mix):
+    """The loss is that of the shares in which images are in the mixture."""
+    module = ClassificationModule(nn.Identity(), TrainConfig(mix=mix), 4, 8)
+    torch.manual_seed(1)
+    images = torch.arange(4.0)[:, None, None, None].expand(4, 3, 8, 8).contiguous()
+    mixed, shares = module._mix(images, torch.arange(4))
+    torch.testing.assert_close(shares.sum(1), torch.ones(4))
+    # Constant images: the mean of a mixture is the mean of its parts.
+    torch.testing.assert_close(mixed.mean((1, 2, 3)), shares @ torch.arange(4.0))
+    assert ((shares > 0).sum(1) == 2).all()
+
+
+def test_mixing_takes_its_share_of_the_batches(dataset, tmp_path):
+    """Of 90 batches. Mixtures have pixels between those of images, whole numbers of 255ths, but for shares near 0 or 1."""
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.batches = []
+
+        def forward(self, images):
+            if self.training:
+                self.batches.append(bool(torch.allclose(images * 255, (images * 255).round(), atol=1e-3)))
+            return images
+
+    for share, least, greatest in ((0.0, 0, 0), (0.4, 15, 50), (1.0, 70, 90)):
+        whole = Whole()
+        config = dataclasses.replace(CONFIG, epochs=10, augment="none", mix="mixup", mix_share=share)
+        config = dataclasses.replace(config, early_stop_patience=None)
+        train_model(network(whole), dataset, config, tmp_path / str(share), progress=False)
+        assert len(whole.batches) == 10 * STEPS_AN_EPOCH
+        assert least <= whole.batches.count(False) <= greatest
+
+
+class TestDistillation:
+    def test_the_loss_is_the_labels_and_the_teachers(self):
+        torch.manual_seed(0)
+        config = TrainConfig(distillation=0.25, distillation_temperature=3.0, temperature_anneal=None)
+        teacher = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+        module = ClassificationModule(nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), config, 4, 2, teacher=teacher)
+        module.log = lambda *args, **options: None
+        batch = Batch(torch.rand(5, 3, 2, 2), torch.tensor([0, 1, 2, 3, 0]), 7)
+        loss = module.training_step(batch, 0)
+        pupil, wanted = module.model(batch.images), teacher(batch.images)
+        p, q = (wanted / 3).softmax(1), (pupil / 3).softmax(1)
+        divergence = 9 * (p * (p / q).log()).sum(1)
+        labels = nn.functional.cross_entropy(pupil, batch.labels, reduction="none")
+        torch.testing.assert_close(loss, (0.75 * labels + 0.25 * divergence).mean())
+        assert not any(parameter.requires_grad for parameter in teacher.parameters())
+        assert not any("teacher" in name for name in module.state_dict())
+
+    def test_a_teacher_and_its_weight_come_together(self):
+        model, teacher = nn.Identity(), nn.Linear(1, 1)
+        with pytest.raises(StudyError, match="distillation: got 0.5, but no teacher"):
+            ClassificationModule(model, TrainConfig(distillation=0.5), 4, 8)
+        with pytest.raises(StudyError, match="distillation: got 0.0, but a teacher"):
+            ClassificationModule(model, TrainConfig(), 4, 8, teacher=teacher)
+
+    def test_a_pupil_learns_from_its_teacher_alone(self, dataset, tmp_path):
+        """Without any weight on the labels, it ends with the teacher's opinion, right or wrong."""
+
+        class Fixed(nn.Module):
+            def forward(self, images):
+                # The class after the true one: brightness in steps of 55 / 255.
+                place = ((images.mean((1, 2, 3)) * 255 - 20) / 55).round().long().clamp(0, 3)
+                return 10 * nn.functional.one_hot((place + 1) % 4, 4).float()
+
+        config = dataclasses.replace(
+            CONFIG, epochs=12, augment="none", mix="none", learning_rate=0.05, ema_decay=None, distillation=1.0
+        )
+        model = network()
+        train_model(model, dataset, config, tmp_path, teacher=Fixed(), progress=False)
+        # best.ckpt is chosen on labels, so look at the last weights.
+        state = read_checkpoint(tmp_path / "last.ckpt")["state_dict"]
+        model.load_state_dict({name.removeprefix("model."): value for name, value in state.items() if "model." in name})
+        images = torch.from_numpy(dataset.test.images).float() / 255
+        with torch.no_grad():
+            told = model.eval()(images).argmax(1)
+        assert (told == torch.from_numpy((dataset.test.labels + 1) % 4)).float().mean() > 0.8

@@ -28,6 +28,7 @@ _COLOURS = {
     "static_resnet18": "#E69F00",
     "specialists": "#999999",
     "variable_resnet18": "#009E73",
+    "four_conv": "#009E73",
 }
 _MORE_COLOURS = ("#CC79A7", "#56B4E9", "#F0E442", "#7F7F7F")
 
@@ -39,6 +40,7 @@ _LABELS = {
     "static_resnet18": "static stem, sampled channels",
     "specialists": "specialists, one a set",
     "variable_resnet18": "VariableInputConv, ours",
+    "four_conv": "four convolutions, ours",
 }
 
 INK = "#333333"
@@ -280,6 +282,47 @@ def draw_set_bars(path: Path, values: Mapping[str, Mapping[str, tuple[float, flo
     style_axes(axes)
     axes.tick_params(axis="x", length=0)
     _bar_legend(figure, list(values), marked=False)
+    figure.suptitle(title)
+    save_figure(figure, path)
+
+
+def draw_trade_off(path: Path, points: Mapping[str, tuple[float, float, float, float, float]], title: str) -> None:
+    """Test accuracy against operations and against parameters, one colour a family of networks.
+
+    Args:
+        path: The PNG to write.
+        points: By network: parameters, operations an image, accuracy and the limits of its interval, in percent.
+        title: Above the picture.
+    """
+    families = {
+        "ResNet": ("resnet34", [name for name in points if name.startswith("resnet")]),
+        "published": ("task2_published", [name for name in points if name == "task2_published"]),
+        "four convolutions, ours": ("four_conv", [name for name in points if name.startswith("four_conv")]),
+    }
+    figure = new_figure(11, 5)
+    panels = zip(figure.subplots(1, 2, sharey=True), ((1, "operations an image"), (0, "parameters")), strict=True)
+    for axes, (key, label) in panels:
+        for colour, names in families.values():
+            for name in names:
+                mean, low, high = points[name][2:]
+                axes.errorbar(
+                    points[name][key], mean, yerr=[[mean - low], [high - mean]], fmt="o", color=_COLOURS[colour],
+                    ecolor=_COLOURS[colour] + "66", markersize=6,
+                )  # fmt: skip
+                axes.annotate(
+                    name, (points[name][key], mean), xytext=(6, 3), textcoords="offset points", fontsize=7, color=INK
+                )
+        axes.set_xscale("log")
+        axes.set_xlabel(f"{label} (logarithmic)")
+        style_axes(axes)
+        axes.margins(x=0.2)
+    figure.axes[0].set_ylabel("test accuracy (%), 95 % interval")
+    handles = [
+        Line2D([], [], color=_COLOURS[colour], linestyle="none", marker="o", label=family)
+        for family, (colour, names) in families.items()
+        if names
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.suptitle(title)
     save_figure(figure, path)
 

@@ -18,6 +18,7 @@ SCHEDULES = ("constant", "cosine")
 OPTIMIZERS = ("adam", "adamw", "sgd")
 AUGMENTATIONS = ("none", "light", "strong")
 CHANNEL_SAMPLINGS = ("none", "step", "image")
+MIXES = ("none", "mixup", "cutmix", "both")
 _LARGEST_SEED = 2**63 - 1  # what torch.manual_seed takes
 
 
@@ -42,8 +43,14 @@ class TrainConfig:
         early_stop_patience: Stop after so many epochs in a row without a better validation accuracy; None never stops.
         augment: "none"; "light": random crops and horizontal flips of the training images; "strong": crops of random
             size, flips, colours and erased boxes. Drawn per image.
-        ema_decay: Test and validate with exponential moving averages of weights and buffers, of this decay a step; None
-            takes the weights themselves.
+        mix: Mixtures of two images and of their labels, one draw a batch: "none"; "mixup" (alpha 0.2); "cutmix" (alpha
+            1); "both", one or the other at random. Training accuracy is then that of the image with the larger part.
+        mix_share: Share of the batches that are mixed.
+        distillation: Weight of a teacher's part of the loss, in [0, 1]; the labels' part has the rest. See
+            `train_model`.
+        distillation_temperature: Of both softmaxes in the teacher's part (Hinton et al. 2015, arXiv:1503.02531).
+        ema_decay: Test and validate with exponential moving averages of weights and buffers, of this decay a step, or
+            (1 + t) / (10 + t) after t steps where that is less; None takes the weights themselves.
         channels: Names of the channels that the images are given in, see `dynconv_vision.data.derive_channels`.
         channel_sampling: "none"; or train on random sets of the channels, one drawn for every "image" or one for all of
             a "step", see `dynconv_vision.models.sample_channels`. Validation is then on drawn sets as well, always the
@@ -74,6 +81,10 @@ class TrainConfig:
     label_smoothing: float = 0.0
     early_stop_patience: int | None = None
     augment: str = "none"
+    mix: str = "none"
+    mix_share: float = 1.0
+    distillation: float = 0.0
+    distillation_temperature: float = 4.0
     ema_decay: float | None = None
     channels: tuple[str, ...] = ("R", "G", "B")
     channel_sampling: str = "none"
@@ -95,6 +106,9 @@ class TrainConfig:
         _require_number(self, "learning_rate", 0.0, open_low=True)
         _require_number(self, "weight_decay", 0.0)
         _require_number(self, "warmup_epochs", 0.0)
+        _require_number(self, "mix_share", 0.0, most=1.0)
+        _require_number(self, "distillation", 0.0, most=1.0)
+        _require_number(self, "distillation_temperature", 0.0, open_low=True)
         _require_number(self, "label_smoothing", 0.0, below=1.0)
         _require_number(self, "checkpoint_minutes", 0.0, open_low=True)
         if self.gradient_clip is not None:
@@ -122,6 +136,7 @@ class TrainConfig:
             ("schedule", SCHEDULES),
             ("optimizer", OPTIMIZERS),
             ("augment", AUGMENTATIONS),
+            ("mix", MIXES),
             ("channel_sampling", CHANNEL_SAMPLINGS),
         ):
             if getattr(self, name) not in allowed:
@@ -175,10 +190,16 @@ def _require_int(config: TrainConfig, name: str, low: int, high: int | None = No
 
 
 def _require_number(
-    config: TrainConfig, name: str, low: float, *, open_low: bool = False, below: float = math.inf
+    config: TrainConfig,
+    name: str,
+    low: float,
+    *,
+    open_low: bool = False,
+    below: float = math.inf,
+    most: float = math.inf,
 ) -> None:
     value = getattr(config, name)
     number = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
-    if not number or value < low or (open_low and value == low) or value >= below:
-        upper = "" if below == math.inf else f" and < {below}"
+    if not number or value < low or (open_low and value == low) or value >= below or value > most:
+        upper = f" and < {below}" if below < math.inf else f" and <= {most}" if most < math.inf else ""
         raise StudyError(f"{name}: got {value!r}, expected a number {'>' if open_low else '>='} {low}{upper}")

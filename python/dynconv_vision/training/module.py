@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
+from torchvision.transforms import v2
 
 from dynconv_vision.data.derived import derive_channels
 from dynconv_vision.models import sample_channel_sets, sample_channels
@@ -38,9 +39,11 @@ class ClassificationModule(pl.LightningModule):
         num_classes: Number of classes.
         image_size: Height and width of the images, in pixels.
         card: Plain values that are saved in each checkpoint for whoever loads it.
+        teacher: A trained network from the same images to logits; the settings' `distillation` is its weight.
 
     Raises:
-        StudyError: The settings want named channels and the network does not take them, or not an image.
+        StudyError: The settings want named channels and the network does not take them, or not an image; or they want a
+            teacher and there is none, or the other way round.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class ClassificationModule(pl.LightningModule):
         num_classes: int,
         image_size: int,
         card: dict[str, Any] | None = None,
+        teacher: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.model, self.config, self.image_size, self.card = model, config, image_size, dict(card or {})
@@ -63,12 +67,16 @@ class ClassificationModule(pl.LightningModule):
             raise StudyError(
                 f"channel_sampling: got 'image', but {type(model).__name__} takes one set of channels for all images"
             )
+        if (teacher is None) != (config.distillation == 0):
+            raise StudyError(f"distillation: got {config.distillation}, but {'no' if teacher is None else 'a'} teacher")
+        # In a tuple, so that it is no part of the module: checkpoints hold the pupil alone.
+        self._teacher = () if teacher is None else (teacher.requires_grad_(False),)
+        self._mix = _make_mix(config.mix, num_classes)
         self._annealed = [module for module in model.modules() if hasattr(module, "anneal")]
         #: What is validated, tested and saved as the best; None: the model itself.
         self.average: AveragedModel | None = None
         if config.ema_decay is not None:
-            average = get_ema_multi_avg_fn(config.ema_decay)
-            self.average = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+            self.average = AveragedModel(model, multi_avg_fn=_moving_average(config.ema_decay), use_buffers=True)
         metrics: dict[str, Metric] = {}
         for stage in ("train", "val"):
             metrics[f"{stage}_loss"] = mean_loss()
@@ -81,6 +89,8 @@ class ClassificationModule(pl.LightningModule):
         return self.model(images)
 
     def on_fit_start(self) -> None:
+        for teacher in self._teacher:
+            teacher.to(self.device).eval()
         # A network may draw constants in its first call. They are drawn here, under the seed, so that a resumed
         # training draws those of the first one.
         images = torch.zeros(1, len(self.config.channels), self.image_size, self.image_size, device=self.device)
@@ -98,16 +108,28 @@ class ClassificationModule(pl.LightningModule):
             for module in self._annealed:
                 module.anneal(epoch / self.config.epochs, self.config.temperature_anneal)
         images, named = self._inputs(batch)
+        labels = batch.labels
+        if self._mix is not None and torch.rand(()) < self.config.mix_share:
+            images, labels = self._mix(images, labels)
         if self.config.unknown_share and torch.rand(()) < self.config.unknown_share:
             names = list(named["channels"])
             names[int(torch.randint(len(names), ()))] = None
             named["channels"] = tuple(names)
         logits = self.model(images, **named)
-        losses = self.loss(logits.float(), batch.labels)
+        losses = self.loss(logits.float(), labels)
+        for teacher in self._teacher:
+            losses = torch.lerp(losses, self._distillation(logits.float(), teacher(images)), self.config.distillation)
         loss = losses.mean()
-        self._count("train", losses.detach(), logits.detach(), batch.labels)
+        self._count("train", losses.detach(), logits.detach(), labels if labels.dim() == 1 else labels.argmax(1))
         self.log("loss", loss, prog_bar=True, batch_size=len(batch.labels))
         return loss
+
+    def _distillation(self, logits: Tensor, wanted: Tensor) -> Tensor:
+        """(B,) Kullback-Leibler divergences of softened predictions, times T^2 so that gradients keep their size."""
+        temperature = self.config.distillation_temperature
+        pupil, teacher = ((each.float() / temperature).log_softmax(1) for each in (logits, wanted))
+        divergence = nn.functional.kl_div(pupil, teacher, reduction="none", log_target=True).sum(1)
+        return temperature**2 * divergence
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         if len(batch.labels) == 0:
@@ -215,6 +237,24 @@ class ClassificationModule(pl.LightningModule):
             # float32 as torchmetrics sums it; every process holds the same synchronised value.
             self.log(name, metric.compute() * scale, prog_bar=bar, rank_zero_only=False)
             metric.reset()
+
+
+def _moving_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor], None]:
+    """An update of exponential moving averages whose decay rises to `decay`, so that the start is soon forgotten."""
+
+    def update(averages: Sequence[Tensor], values: Sequence[Tensor], count: Tensor) -> None:
+        updates = int(count)
+        get_ema_multi_avg_fn(min(decay, (1 + updates) / (10 + updates)))(averages, values, count)
+
+    return update
+
+
+def _make_mix(name: str, num_classes: int) -> v2.Transform | None:
+    """What `TrainConfig.mix` names: from images and class numbers to images and (B, num_classes) shares."""
+    if name == "none":
+        return None
+    mixup, cutmix = (kind(alpha=alpha, num_classes=num_classes) for kind, alpha in ((v2.MixUp, 0.2), (v2.CutMix, 1.0)))
+    return {"mixup": mixup, "cutmix": cutmix, "both": v2.RandomChoice([mixup, cutmix])}[name]
 
 
 def mean_loss(**options: Any) -> MeanMetric:

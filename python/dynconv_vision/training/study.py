@@ -71,6 +71,8 @@ class Network:
         model: Its name in `dynconv_vision.models`; the study's own name for it if empty.
         options: Keyword arguments of `create_model`.
         train: Settings of `TrainConfig`.
+        teacher: A network of the same run, earlier in it, that this one learns from; its settings have the weight,
+            `distillation`.
         test_sets: Task I: sets of channels that it is tested on, the last one being the whole; None: the seven of R, G
             and B.
     """
@@ -79,6 +81,7 @@ class Network:
     options: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
     test_sets: tuple[tuple[str, ...], ...] | None = None
+    teacher: str = ""
 
 
 @dataclass(frozen=True)
@@ -346,7 +349,15 @@ def _train_and_test(study: Study, config: StudyConfig, name: str, dataset: Datas
         config.denoise,
         config.normalize,
     )
-    trained = train_model(model, dataset, train, folder, card=card.to_dict(), resume=True, progress=_is_main_process())
+    teacher = None
+    if network.teacher:
+        checkpoint = folder.parent / network.teacher / BEST
+        if network.teacher not in config.models or not checkpoint.exists():
+            raise StudyError(f"--models: {name} learns from {network.teacher}, expected that earlier in the same run")
+        teacher, _ = load_network(checkpoint)
+    trained = train_model(
+        model, dataset, train, folder, card=card.to_dict(), teacher=teacher, resume=True, progress=_is_main_process()
+    )
     if not _is_main_process():
         return {}
     settings = {"device": train.device, "precision": train.precision, "channels_last": train.channels_last}

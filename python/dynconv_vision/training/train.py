@@ -49,6 +49,7 @@ def train_model(
     folder: Path,
     *,
     card: dict[str, Any] | None = None,
+    teacher: nn.Module | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> TrainResult:
@@ -64,6 +65,8 @@ def train_model(
         config: Settings.
         folder: The model's folder; it is created.
         card: Plain values to save in the checkpoints (see `ModelCard.to_dict`).
+        teacher: A trained network from the same images to logits, which `model` learns from by the weight
+            `config.distillation`; its parameters stop asking for gradients.
         resume: Go on from last.ckpt if there is one; a finished training is only read back.
         progress: Show a bar, where stderr is a terminal, and a line an epoch.
 
@@ -85,7 +88,7 @@ def train_model(
         use_channels_last(model)
     if device == "cpu" and precision == "bf16":
         use_matmul_convolutions(model)
-    module = ClassificationModule(model, config, len(dataset.classes), dataset.image_size, card)
+    module = ClassificationModule(model, config, len(dataset.classes), dataset.image_size, card, teacher)
     stop = StopRequest()
     bar = EpochBar() if progress and sys.stderr.isatty() else None
 
