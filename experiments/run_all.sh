@@ -10,6 +10,7 @@
 #
 #     SEEDS="0 1 2"  SIZES="64 124"  RECIPES="strong paper"  EPOCHS=30        # fewer or more of them
 #     TASKS="task1 task2"  GROUPS1="stems specialists ablations wide"         # tasks; networks of Task I
+#     GROUPS2="main sizes ablations"  LONG=120                                # networks of Task II; the longer run's epochs
 #     PYTHON=python3  DEVICE=auto
 #     SMOKE=1                                         # generated images, one epoch: proves that the steps run
 set -euo pipefail
@@ -84,8 +85,41 @@ if [[ "$tasks" == *" task1 "* ]]; then
 fi
 
 # ------------------------------------------------------------------------------------------------------------ Task II
+# As above; a longer run of the main networks comes last.
+groups=" ${GROUPS2:-main sizes ablations} "
+long=${LONG:-120}
 if [[ "$tasks" == *" task2 "* ]]; then
-  : # Its runs come here: step "task2/..." study task2 "$out/task2/..." ...
+  for recipe in "${recipes[@]}"; do
+    for size in "${sizes[@]}"; do
+      [[ -z "${SMOKE:-}" ]] || size=32
+      runs="$out/task2/$recipe-${size}px"
+      options=("${source[@]}" --image-size "$size" "${epochs[@]}")
+      [[ $recipe == smoke ]] || options+=(--preset "$recipe")
+      for group in main sizes ablations; do
+        [[ "$groups" == *" $group "* ]] || continue
+        [[ $group == main || ($recipe != paper && $size == "${sizes[0]}") || -n "${SMOKE:-}" ]] || continue
+        for seed in "${seeds[@]}"; do
+          step "task2/$recipe-$size-seed$seed-$group" \
+            study task2 "$runs/seed$seed-$group" "${options[@]}" --seed "$seed" --models "$group"
+        done
+      done
+    done
+  done
+  size=${sizes[0]}
+  if [[ " ${recipes[*]} " == *" strong "* && $long != 0 ]]; then
+    for seed in "${seeds[@]}"; do
+      step "task2/strong-$size-seed$seed-long" \
+        study task2 "$out/task2/strong-${size}px-long/seed$seed-main" "${source[@]}" --image-size "$size" \
+        --preset strong --epochs "$long" --seed "$seed" --models main
+    done
+  fi
+  for runs in "$out"/task2/*px*; do
+    # The best network is also held against the ResNet-34 of the source report's recipe.
+    against=${runs/strong/paper}
+    against=${against%-long}
+    [[ $runs != "$against" && -d $against ]] && other=(--against "$against") || other=()
+    "$python" "$here/summarize.py" "$runs" "${other[@]}"
+  done
 fi
 
 echo

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Summarise runs of Task I over seeds: tables with confidence intervals, the study's aims, a bar chart.
+"""Summarise runs of a task over seeds: tables with confidence intervals, the study's aims, a chart.
 
-    python experiments/summarize.py FOLDER
+    python experiments/summarize.py FOLDER [--against FOLDER]
 
 FOLDER holds the folders of runs with one recipe and size, each with its networks and its seed, done or not. Writes
-summary.md, summary.json, summary.csv, per_seed.csv and channels.png into it.
+summary.md, summary.json, summary.csv, per_seed.csv and channels.png (Task I) or trade_off.png (Task II) into it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,17 @@ from dynconv_vision.reporting import write_summary
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Summarise; 0, or 2 after an error that the user can mend."""
-    parser = argparse.ArgumentParser(description="Means over seeds, confidence intervals and aims of Task I.")
+    parser = argparse.ArgumentParser(description="Means over seeds, confidence intervals and aims.")
     parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="FOLDER",
+        help="Task II: runs of another recipe, to compare with their ResNet-34",
+    )
     options = parser.parse_args(argv)
     try:
-        print(write_summary(options.folder))
+        print(write_summary(options.folder, against=options.against))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -393,6 +393,19 @@ def test_deformable_module_predicts_as_two_convolutions():
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_deformable_layer_without_modulation():
+    torch.manual_seed(0)
+    layer = DeformableConv2d(4, 6, kernel_size=3, padding=1, modulation=False)
+    assert sorted(name.split(".")[0] for name in layer.state_dict()) == ["offset_conv"] * 2 + ["regular_conv"] * 2
+    nn.init.normal_(layer.offset_conv.weight, std=0.1)
+    x = torch.randn(2, 4, 7, 6)
+    offset, mask = layer.predict(x)
+    assert mask is None
+    torch.testing.assert_close(offset, layer.offset_conv(x))
+    conv = layer.regular_conv
+    torch.testing.assert_close(layer(x), deform_conv2d(x, offset, conv.weight, conv.bias, padding=1))
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import importlib.util
 import json
@@ -21,6 +22,7 @@ import pytest
 import torch
 from torch import nn
 
+from dynconv_ext import DeformableConv2d
 from dynconv_vision.models import create_model, registry
 from dynconv_vision.models.weights import write_weights
 from dynconv_vision.training import ClassificationModule, ModelCard, StudyError, TrainConfig, load_network
@@ -554,7 +556,7 @@ class TestTask1Protocol:
 
     def test_summarize_an_empty_folder(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         assert load_script("summarize").main([str(tmp_path)]) == 2
-        assert capsys.readouterr().err.startswith(f"error: {tmp_path}: no network of Task I is done")
+        assert capsys.readouterr().err.startswith(f"error: {tmp_path}: no network is done")
 
     def test_run_all_goes_on_where_it_was(self, tmp_path: Path) -> None:
         """With a program in Python's place that notes its arguments, and fails once in the midst of a run."""
@@ -567,6 +569,7 @@ class TestTask1Protocol:
         )
         fake.chmod(0o755)
         settings = {"PYTHON": str(fake), "SEEDS": "0 1", "SIZES": "64", "RECIPES": "strong", "EPOCHS": "2"}
+        settings |= {"TASKS": "task1"}
 
         def run() -> tuple[int, list[str]]:
             (tmp_path / "calls").write_text("")
@@ -589,6 +592,30 @@ class TestTask1Protocol:
         assert len((tmp_path / "out" / "times.csv").read_text().splitlines()) == 8
         code, calls = run()
         assert code == 0 and calls == [f"{EXPERIMENTS}/summarize.py {runs}"]
+
+    def test_run_all_of_task2(self, tmp_path: Path) -> None:
+        fake = tmp_path / "python"
+        fake.write_text(f'#!/usr/bin/env bash\necho "$@" >> {tmp_path}/calls\n[[ $2 != --output ]] || mkdir -p "$3"\n')
+        fake.chmod(0o755)
+        settings = {"PYTHON": str(fake), "SEEDS": "0", "SIZES": "64 124", "TASKS": "task2", "LONG": "90"}
+        command = ["bash", str(EXPERIMENTS / "run_all.sh"), "DATA", str(tmp_path / "out")]
+        subprocess.run(command, env=os.environ | settings, check=True, capture_output=True, timeout=60)
+        calls = [call.replace(str(tmp_path / "out"), "OUT") for call in (tmp_path / "calls").read_text().splitlines()]
+        runs = [(call.split("OUT/task2/")[1].split()[0], call.split()[-1]) for call in calls if "--output" in call]
+        assert runs == [
+            ("strong-64px/seed0-main", "main"),
+            ("strong-64px/seed0-sizes", "sizes"),
+            ("strong-64px/seed0-ablations", "ablations"),
+            ("strong-124px/seed0-main", "main"),
+            ("paper-64px/seed0-main", "main"),
+            ("paper-124px/seed0-main", "main"),
+            ("strong-64px-long/seed0-main", "main"),
+        ]
+        assert "--epochs 90" in calls[6]
+        summaries = {call.split()[1]: call.split()[2:] for call in calls if "summarize.py" in call}
+        assert summaries["OUT/task2/strong-64px-long"] == ["--against", "OUT/task2/paper-64px"]
+        assert summaries["OUT/task2/strong-124px"] == ["--against", "OUT/task2/paper-124px"]
+        assert summaries["OUT/task2/paper-64px"] == []
 
 
 class TestExport:
@@ -643,3 +670,92 @@ class TestDrawStem:
         arguments = ["--checkpoint", checkpoint, "--data", photographs, "--list", "test.txt", "--output", tmp_path]
         assert load_script("draw_stem").main([*map(str, arguments)]) == 2
         assert "'resnet18' has no VariableInputConv with an attention" in capsys.readouterr().err
+
+
+class TestDistillation:
+    def test_a_pupil_learns_from_the_runs_own_teacher(self, photographs: Path, tmp_path: Path) -> None:
+        study = dataclasses.replace(
+            load_script("task2").STUDY,
+            networks={
+                "resnet34": Network(options={"layers": (1, 1, 1, 1)}),
+                "pupil": Network("four_conv", {"widths": (8, 8, 8, 8)}, {"distillation": 0.5}, teacher="resnet34"),
+            },
+        )
+        arguments = ["--smoke", "--data", str(photographs), "--device", "cpu", "--output"]
+        folder = tmp_path / "both"
+        assert main(study, [*arguments, str(folder), "--models", "resnet34", "pupil"]) == 0
+        results = json.loads((folder / "results.json").read_text())
+        assert list(results["models"]) == ["resnet34", "pupil"]
+        # Checkpoints hold the pupil alone.
+        assert load_network(folder / "pupil" / "best.ckpt")[1].model == "four_conv"
+
+    def test_without_its_teacher(self, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        arguments = ["--smoke", "--data", str(photographs), "--device", "cpu", "--output", str(tmp_path / "one")]
+        assert main(load_script("task2").STUDY, [*arguments, "--models", "four_conv_distilled"]) == 2
+        message = "--models: four_conv_distilled learns from resnet34, expected that earlier in the same run"
+        assert message in capsys.readouterr().err
+
+
+class TestDrawDeformable:
+    def test_pictures(self, photographs: Path, tmp_path: Path) -> None:
+        checkpoint = tmp_path / "small.safetensors"
+        options = {"widths": (8, 16, 16, 8)}
+        card = ModelCard("task2", "four_conv", options, ("a", "b", "c"), 32, False, False)
+        torch.manual_seed(0)
+        model = create_model("four_conv", 3, **options)
+        for layer in (model.stages[2].conv, model.stages[3].conv):
+            torch.nn.init.normal_(layer.offset_conv.weight, std=0.05)
+        write_weights(checkpoint, model.state_dict(), card.to_dict())
+        folder = tmp_path / "new"
+        arguments = ["--checkpoint", checkpoint, "--data", photographs, "--list", "test.txt", "--output", folder]
+        assert load_script("draw_deformable").main([*map(str, arguments), "--images", "3"]) == 0
+        for name in ("samples.png", "maps.png"):
+            picture = cv2.imread(str(folder / name))
+            assert min(picture.shape[:2]) > 300 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
+        with (folder / "offsets.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert [row["layer"] for row in rows] == ["stages.2.conv", "stages.3.conv"]
+        for row in rows:
+            shares = [float(value) for key, value in row.items() if key.startswith("share")]
+            assert len(shares) == 6 and sum(shares) == pytest.approx(1, abs=1e-3)
+            assert float(row["mask mean"]) == 1 and float(row["mask sd"]) == 0
+
+    def test_samples_are_where_the_operator_samples(self) -> None:
+        """On an image whose value is a linear function of the place, bilinear sampling gives the place away."""
+        script = load_script("draw_deformable")
+        torch.manual_seed(0)
+        y, x = torch.meshgrid(torch.arange(13.0), torch.arange(11.0), indexing="ij")
+        image = (100 * y + x)[None, None]
+        layer = DeformableConv2d(1, 9, 3, stride=2, padding=1, bias=False)
+        with torch.no_grad():
+            # Output channel k is tap k.
+            layer.regular_conv.weight.copy_(torch.eye(9).view(9, 1, 3, 3))
+            torch.nn.init.uniform_(layer.offset_conv.bias, -0.9, 0.9)
+            torch.nn.init.uniform_(layer.modulator_conv.bias, -1, 1)
+            out = layer(image)
+            offset, mask = script.predictions(layer, image)
+            samples = script.sampled(layer, offset, mask, 0, (3, 2))
+        expected = samples.weights * (100 * samples.taps[:, 0] + samples.taps[:, 1])
+        np.testing.assert_allclose(out[0, :, 3, 2].numpy(), expected, rtol=1e-4)
+        assert samples.centre.tolist() == [6, 4]
+
+    def test_class_activation_is_the_weighted_map(self) -> None:
+        """For mean pooling and a linear classifier, Grad-CAM's weights are the class's, over the number of pixels."""
+        script = load_script("draw_deformable")
+        maps = torch.rand(2, 3, 4, 4, requires_grad=True)
+        weight = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, 0.0]])
+        found, classes = script.class_activation(maps.mean((2, 3)) @ weight.t(), maps)
+        assert classes.tolist() == [1, 1]
+        expected = maps.detach()[:, 1].numpy()
+        np.testing.assert_allclose(found, expected / expected.max((1, 2), keepdims=True), rtol=1e-5)
+
+    def test_other_networks(self, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        checkpoint = tmp_path / "plain.safetensors"
+        card = ModelCard("task2", "resnet34", {"layers": [1, 1, 1, 1]}, ("a", "b", "c"), 16, False, False)
+        model = create_model("resnet34", 3, layers=(1, 1, 1, 1))
+        write_weights(checkpoint, model.state_dict(), card.to_dict())
+        arguments = ["--checkpoint", checkpoint, "--data", photographs, "--list", "test.txt", "--output", tmp_path]
+        assert load_script("draw_deformable").main([*map(str, arguments)]) == 2
+        assert "'resnet34' has no DeformableConv2d" in capsys.readouterr().err
+        assert load_script("draw_deformable").main([*map(str, arguments), "--images", "0"]) == 2
+        assert "--images: got 0, expected at least 1" in capsys.readouterr().err

@@ -33,7 +33,7 @@ from dynconv_vision.models import (
 from dynconv_vision.models.registry import _MODELS
 
 TASK1 = ["resnet18", "static_resnet18", "task1_published", "variable_resnet18"]
-TASK2 = ["resnet34", "task2_published"]
+TASK2 = ["four_conv", "resnet34", "task2_published"]
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,7 @@ def test_register_model_adds_a_network() -> None:
     ("kwargs", "error", "text"),
     [
         ({"name": "task2_publshed"}, ValueError, "name: got 'task2_publshed'.*did you mean 'task2_published'"),
-        ({"name": "??"}, ValueError, "Known models: resnet18, resnet34, "),
+        ({"name": "??"}, ValueError, "Known models: four_conv, resnet18, resnet34, "),
         (
             {"name": "resnet18", "pretrained": True},
             ValueError,
@@ -107,6 +107,7 @@ def test_list_models_explains_an_unknown_task() -> None:
         ("task2_published", {"image_size": 128}, 1_109_879),
         ("task2_published", {"image_size": 124}, 1_053_431),
         ("resnet34", {}, 21_310_322),
+        ("resnet34", {"layers": (2, 2, 2, 2)}, 11_202_162),
         ("resnet18", {"stem": "torchvision"}, 11_202_162),
         ("resnet18", {}, 11_202_162 - 64 * 3 * 7 * 7 + 64 * 3 * 3 * 3),
         # The report's 11,192,775 are these and the 21 attention weights that a forward pass draws.
@@ -285,6 +286,88 @@ def test_resnet_stems(stem: str) -> None:
 def test_resnet_takes_a_stem_of_ones_own() -> None:
     network = create_model("resnet34", num_classes=4, stem=nn.Conv2d(1, 64, 5)).eval()
     assert network(torch.zeros(1, 1, 32, 32)).shape == (1, 4)
+
+
+def test_resnet34_explains_wrong_layers() -> None:
+    with pytest.raises(ValueError, match=r"layers: got \(3, 4, 6\), expected four positive integers"):
+        create_model("resnet34", layers=(3, 4, 6))
+
+
+# Ours in Task II
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"convolutions": ("deformable", "dynamic", "plain", "dynamic"), "num_kernels": 2},
+        {"modulation": False, "attention": "none"},
+        {"attention": "pixel", "norm": "group"},
+        {"attention": "cbam", "pooling": "mean", "levels": 4},
+        {"widths": (8, 16, 24, 8), "levels": 1, "dropout": 0.0},
+    ],
+)
+def test_four_conv_takes_images_of_any_size(options: dict) -> None:
+    network = create_model("four_conv", num_classes=5, **options).eval()
+    for height, width in ((64, 64), (33, 20), (8, 8)):
+        x = torch.randn(2, 3, height, width)
+        out = network(x)
+        assert out.shape == (2, 5)
+        # One image's answer does not depend on its neighbours.
+        torch.testing.assert_close(network(x[1:]), out[1:], rtol=1e-4, atol=1e-4)
+
+
+def test_four_conv_has_four_convolutions_and_keeps_its_budget() -> None:
+    network = create_model("four_conv")
+    predicting = ("offset_conv", "modulator_conv")
+    convolutions = [
+        (name, type(layer).__name__)
+        for name, layer in network.named_modules()
+        if isinstance(layer, (nn.Conv2d, dynconv_ext.DynamicConv2d)) and not name.endswith(predicting)
+    ]
+    # Those of a deformable layer: its own weight, and what predicts its offsets, which the task does not count.
+    assert len(convolutions) == 4
+    assert count_parameters(network) <= 1.2e6
+    flops = count_flops(network, (1, 3, 64, 64))
+    assert flops < count_flops(create_model("resnet34"), (1, 3, 64, 64))
+
+
+def test_four_conv_classifies_statistics_of_its_last_maps() -> None:
+    network = create_model("four_conv", num_classes=3).eval()
+    x = torch.randn(2, 3, 32, 32)
+    third = network.stages[2](network.stages[1](network.stages[0](x)))
+    fourth = network.stages[3](third)
+    wanted = torch.cat([each for y in (third, fourth) for each in (y.mean((2, 3)), y.amax((2, 3)))], 1)
+    torch.testing.assert_close(network.features(x), wanted)
+    torch.testing.assert_close(network(x), network.fc(network.norm(wanted)))
+
+
+def test_four_conv_anneals_its_dynamic_convolutions() -> None:
+    network = create_model("four_conv", convolutions=("plain", "dynamic", "plain", "plain"), num_kernels=3)
+    assert network.stages[1].conv.weight.shape == (3, 128, 64, 3, 3)
+    assert hasattr(network.stages[1].conv, "anneal")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"widths": (8, 8, 8)}, "widths: got (8, 8, 8), expected four positive multiples of 8"),
+        ({"widths": (8, 8, 8, 12)}, "widths: got (8, 8, 8, 12)"),
+        ({"convolutions": ("plain",) * 3}, "convolutions: got ('plain', 'plain', 'plain'), expected four out of"),
+        (
+            {"convolutions": ("plain", "plain", "plain", "round")},
+            "convolutions: got ('plain', 'plain', 'plain', 'round'",
+        ),
+        ({"attention": "self"}, "attention: got 'self', expected one of none, channel, pixel, cbam"),
+        ({"norm": "layer"}, "norm: got 'layer', expected one of batch, group"),
+        ({"pooling": "max"}, "pooling: got 'max', expected one of mean, mean_max"),
+        ({"levels": 5}, "levels: got 5, expected one of 1, 2, 3, 4"),
+    ],
+)
+def test_four_conv_explains_wrong_arguments(options: dict, text: str) -> None:
+    with pytest.raises(ValueError) as error:
+        create_model("four_conv", **options)
+    assert text in str(error.value)
 
 
 # The published Task I network and its defect

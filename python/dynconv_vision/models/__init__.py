@@ -10,6 +10,7 @@ name                   task   network
 ``task1_published``    task1  the source report's, with its defect: random kernels, redrawn in every forward pass
 ``resnet34``           task2  the plain baseline
 ``task2_published``    task2  the source report's four convolutions, one of them deformable
+``four_conv``          task2  ours: four convolutions, two of them deformable, for images of any size
 =====================  ====== ==========================================================================================
 
 Networks of Task I except ``resnet18`` take images of one to three channels and their names:
@@ -18,6 +19,7 @@ Networks of Task I except ``resnet18`` take images of one to three channels and 
 
 from .channels import ChannelNorm, StaticChannelConv, sample_channel_sets, sample_channels
 from .complexity import count_flops, count_parameters
+from .four_conv import ChannelGate, FourConvNet, four_conv
 from .registry import create_model, list_models, register_model
 from .resnet import VariableChannelResNet18, resnet18, resnet34, static_resnet18, variable_resnet18
 from .task1_published import PublishedVariableInputConv, task1_published
@@ -26,7 +28,9 @@ from .variable_input_conv import KernelGenerator, SharedChannelAttention, Variab
 
 __all__ = [
     "CBAM",
+    "ChannelGate",
     "ChannelNorm",
+    "FourConvNet",
     "KernelGenerator",
     "PixelAttention",
     "PublishedVariableInputConv",
@@ -38,6 +42,7 @@ __all__ = [
     "count_flops",
     "count_parameters",
     "create_model",
+    "four_conv",
     "list_models",
     "register_model",
     "resnet18",

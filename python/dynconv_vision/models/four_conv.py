@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Networks of four convolutions, deformable and dynamic ones among them, for images of any size: ours in Task II."""
+"""A network of four convolutions, plain, deformable or dynamic, for images of any size: ours in Task II.
+
+What it changes in the source report's network: batch norm instead of norms over whole maps, which take one image size
+only and are most of its parameters; the parameters so saved go into width; statistics of the last two maps, means and
+maxima, go to the classifier; every convolution has a norm and an activation; the deformable ones stand where maps are
+small, and each predicts its own offsets.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +22,26 @@ from .task2_published import CBAM, PixelAttention
 
 CONVOLUTIONS = ("plain", "deformable", "dynamic")
 ATTENTIONS = ("none", "channel", "pixel", "cbam")
-NORMS = ("batch", "group", "none")
-POOLINGS = ("mean", "mean_max", "moments")
+NORMS = ("batch", "group")
+POOLINGS = ("mean", "mean_max")
+
+_STAGES = 4
+_GROUPS = 8
+#: Narrowing of the attentions, and of group norm: widths are multiples of it.
+_REDUCTION = 8
 
 
 class ChannelGate(nn.Module):
     """One gate a channel from the means over pixels: ``x * sigmoid(fc2(relu(fc1(mean))))``.
 
     Args:
-        channels: Channels of the input.
+        channels: Channels of the input; the bottleneck has ``channels // reduction`` of them.
         reduction: How much narrower the bottleneck is.
 
     Source: Hu et al., Squeeze-and-Excitation Networks, CVPR 2018, arXiv:1709.01507.
     """
 
-    def __init__(self, channels: int, reduction: int = 8) -> None:
+    def __init__(self, channels: int, reduction: int = _REDUCTION) -> None:
         super().__init__()
         self.fc1 = nn.Linear(channels, channels // reduction)
         self.fc2 = nn.Linear(channels // reduction, channels)
@@ -46,123 +57,154 @@ def _attention(name: str, channels: int) -> nn.Module:
         return ChannelGate(channels)
     if name == "pixel":
         return PixelAttention(channels)
-    return CBAM(channels, reduction=8) if name == "cbam" else nn.Identity()
-
-
-def _norm(name: str, channels: int) -> nn.Module:
-    if name == "batch":
-        return nn.BatchNorm2d(channels)
-    return nn.GroupNorm(8, channels) if name == "group" else nn.Identity()
+    return CBAM(channels, _REDUCTION) if name == "cbam" else nn.Identity()
 
 
 def _convolution(
-    kind: str, channels: int, out: int, size: int, stride: int, bias: bool, kernels: int, modulation: bool
+    kind: str, channels: int, out: int, kernel_size: int, stride: int, num_kernels: int, modulation: bool
 ) -> nn.Module:
-    geometry = {"kernel_size": size, "stride": stride, "padding": size // 2, "bias": bias}
+    """Without a bias, since a norm follows; drawn as torchvision draws ResNet's."""
+    geometry = {"kernel_size": kernel_size, "stride": stride, "padding": kernel_size // 2, "bias": False}
     if kind == "dynamic":
-        layer: nn.Module = DynamicConv2d(channels, out, num_kernels=kernels, **geometry)
-        for kernel in layer.weight:
-            nn.init.kaiming_normal_(kernel, mode="fan_out", nonlinearity="relu")
+        layer: nn.Module = DynamicConv2d(channels, out, num_kernels=num_kernels, **geometry)
+        weights = list(layer.weight)
     elif kind == "deformable":
         layer = DeformableConv2d(channels, out, modulation=modulation, **geometry)
-        nn.init.kaiming_normal_(layer.regular_conv.weight, mode="fan_out", nonlinearity="relu")
+        weights = [layer.regular_conv.weight]
     else:
         layer = nn.Conv2d(channels, out, **geometry)
-        nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        weights = [layer.weight]
+    for weight in weights:
+        nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
     return layer
 
 
-class FourConvStage(nn.Module):
-    """Convolution, norm, GELU, attention and max-pooling."""
-
-    def __init__(
-        self,
-        channels: int,
-        out: int,
-        size: int,
-        stride: int,
-        kind: str,
-        attention: str,
-        norm: str,
-        pool: bool,
-        kernels: int,
-        modulation: bool,
-        skip: bool,
-    ) -> None:
-        super().__init__()
-        self.conv = _convolution(kind, channels, out, size, stride, norm == "none", kernels, modulation)
-        self.norm = _norm(norm, out)
-        self.attention = _attention(attention, out)
-        self.pool = nn.MaxPool2d(3, 2, 1) if pool else nn.Identity()
-        self.skip = skip and channels == out and stride == 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.attention(F.gelu(self.norm(self.conv(x))))
-        return self.pool(x + y if self.skip else y)
-
-
 class FourConvNet(nn.Module):
-    """Four convolutions, then a linear classifier on statistics of the maps."""
+    """``conv1 pool | conv2 | conv3 pool | conv4``, each with norm, GELU and attention; then a classifier.
+
+    conv1 is 5x5 with stride 2, the others 3x3; both poolings are 3x3 maxima with stride 2, so at 64 pixels the maps are
+    32, 16, 16 and 8 pixels wide. The classifier is linear, on batch-normalised means and maxima of the last maps.
+
+    Args:
+        num_classes: Number of classes.
+        widths: Channels of the four convolutions, multiples of 8.
+        convolutions: Kind of each: ``"plain"``, ``"deformable"`` (modulated, predicting its own offsets) or
+            ``"dynamic"``.
+        num_kernels: Kernels of a dynamic convolution.
+        modulation: Whether deformable convolutions have a mask.
+        attention: After each convolution but the first: ``"none"``, ``"channel"`` (squeeze and excitation), ``"pixel"``
+            (the source report's) or ``"cbam"``.
+        norm: ``"batch"``, or ``"group"`` of 8 groups.
+        pooling: ``"mean"``, or ``"mean_max"``: which statistics of a map go to the classifier.
+        levels: Of how many maps, counted from the last one, 1 to 4.
+        dropout: Share of the statistics that training leaves out.
+
+    Attributes:
+        stages: The four stages, each with ``conv``, ``norm``, ``attention`` and ``pool``.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
 
     def __init__(
         self,
         num_classes: int = 50,
         widths: Sequence[int] = (64, 128, 192, 256),
-        kinds: Sequence[str] = ("plain", "plain", "deformable", "deformable"),
-        sizes: Sequence[int] = (5, 3, 3, 3),
-        pools: Sequence[bool] = (False, True, True, False),
+        convolutions: Sequence[str] = ("plain", "plain", "deformable", "deformable"),
+        num_kernels: int = 4,
+        modulation: bool = True,
         attention: str = "channel",
         norm: str = "batch",
         pooling: str = "mean_max",
         levels: int = 2,
-        num_kernels: int = 4,
-        modulation: bool = True,
         dropout: float = 0.1,
-        skip: bool = True,
     ) -> None:
         super().__init__()
+        if len(widths) != _STAGES or any(not isinstance(each, int) or each < 8 or each % 8 for each in widths):
+            raise ValueError(f"widths: got {widths!r}, expected four positive multiples of 8")
+        if len(convolutions) != _STAGES or not set(convolutions) <= set(CONVOLUTIONS):
+            raise ValueError(f"convolutions: got {convolutions!r}, expected four out of {', '.join(CONVOLUTIONS)}")
+        for name, value, known in (
+            ("attention", attention, ATTENTIONS),
+            ("norm", norm, NORMS),
+            ("pooling", pooling, POOLINGS),
+            ("levels", levels, range(1, _STAGES + 1)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(str, known))}")
         self.pooling, self.levels = pooling, levels
-        stages, channels = [], 3
-        for i, (width, kind, size, pool) in enumerate(zip(widths, kinds, sizes, pools, strict=True)):
-            stages.append(
-                FourConvStage(
-                    channels,
-                    width,
-                    size,
-                    2 if i == 0 else 1,
-                    kind,
-                    attention if i else "none",
-                    norm,
-                    pool,
-                    num_kernels,
-                    modulation,
-                    skip,
-                )
-            )
+        self.stages = nn.ModuleList()
+        channels = 3
+        for place, (width, kind) in enumerate(zip(widths, convolutions, strict=True)):
+            first = place == 0
+            parts = {
+                "conv": _convolution(
+                    kind, channels, width, 5 if first else 3, 2 if first else 1, num_kernels, modulation
+                ),
+                "norm": nn.BatchNorm2d(width) if norm == "batch" else nn.GroupNorm(_GROUPS, width),
+                "activation": nn.GELU(),
+                "attention": nn.Identity() if first else _attention(attention, width),
+                "pool": nn.MaxPool2d(3, stride=2, padding=1) if place in (0, 2) else nn.Identity(),
+            }
+            self.stages.append(nn.Sequential())
+            for name, part in parts.items():
+                self.stages[-1].add_module(name, part)
             channels = width
-        self.stages = nn.ModuleList(stages)
-        each = {"mean": 1, "mean_max": 2, "moments": 2}[pooling]
-        features = each * sum(widths[-levels:])
+        features = (2 if pooling == "mean_max" else 1) * sum(widths[_STAGES - levels :])
         self.norm = nn.BatchNorm1d(features)
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(features, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        parts = []
-        for i, stage in enumerate(self.stages):
+        """What the classifier sees of images (N, 3, H, W): (N, features), means then maxima of each map."""
+        found = []
+        for place, stage in enumerate(self.stages):
             x = stage(x)
-            if i >= len(self.stages) - self.levels:
-                parts.append(x.mean((2, 3)))
+            if place >= _STAGES - self.levels:
+                found.append(x.mean((2, 3)))
                 if self.pooling == "mean_max":
-                    parts.append(x.amax((2, 3)))
-                elif self.pooling == "moments":
-                    parts.append(x.var((2, 3)).add(1e-4).sqrt())
-        return torch.cat(parts, 1)
+                    found.append(x.amax((2, 3)))
+        return torch.cat(found, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Classify images.
+
+        Args:
+            x: (N, 3, H, W), of any size.
+
+        Returns:
+            Logits (N, num_classes).
+        """
         return self.fc(self.dropout(self.norm(self.features(x))))
 
 
 @register_model("four_conv", task="task2")
-def four_conv(num_classes: int = 50, image_size: int = 64, **options: object) -> FourConvNet:
-    return FourConvNet(num_classes, **options)
+def four_conv(
+    num_classes: int = 50,
+    image_size: int = 64,
+    widths: Sequence[int] = (64, 128, 192, 256),
+    convolutions: Sequence[str] = ("plain", "plain", "deformable", "deformable"),
+    num_kernels: int = 4,
+    modulation: bool = True,
+    attention: str = "channel",
+    norm: str = "batch",
+    pooling: str = "mean_max",
+    levels: int = 2,
+    dropout: float = 0.1,
+) -> FourConvNet:
+    """Build :class:`FourConvNet`.
+
+    Args:
+        num_classes: Number of classes.
+        image_size: Not used; the network takes images of any size.
+        widths, convolutions, num_kernels, modulation, attention, norm, pooling, levels, dropout: As of the class.
+
+    Returns:
+        A network from images (N, 3, H, W) to logits (N, num_classes).
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    return FourConvNet(
+        num_classes, widths, convolutions, num_kernels, modulation, attention, norm, pooling, levels, dropout
+    )

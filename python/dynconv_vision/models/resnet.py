@@ -60,23 +60,31 @@ def resnet18(num_classes: int = 50, image_size: int = 64, stem: str | nn.Module 
 
 
 @register_model("resnet34", task="task2")
-def resnet34(num_classes: int = 50, image_size: int = 64, stem: str | nn.Module = "torchvision") -> ResNet:
+def resnet34(
+    num_classes: int = 50,
+    image_size: int = 64,
+    stem: str | nn.Module = "torchvision",
+    layers: Sequence[int] = (3, 4, 6, 3),
+) -> ResNet:
     """ResNet-34, the baseline of Task II: 21,310,322 parameters with torchvision's own stem and 50 classes.
 
     Args:
         num_classes: Number of classes.
         image_size: Not used; the network takes images of any size.
         stem: As in :func:`resnet18`.
+        layers: Blocks of two convolutions in each of the four stages; fewer make the smaller networks of its family.
 
     Returns:
         A network from images (N, 3, H, W) to logits (N, num_classes).
 
     Raises:
-        ValueError: If the stem is unknown.
+        ValueError: If the stem is unknown, or layers are not four positive integers.
 
     Source: He et al., Deep Residual Learning for Image Recognition, CVPR 2016, arXiv:1512.03385.
     """
-    return _resnet([3, 4, 6, 3], num_classes, stem)
+    if len(layers) != 4 or any(isinstance(each, bool) or not isinstance(each, int) or each < 1 for each in layers):
+        raise ValueError(f"layers: got {layers!r}, expected four positive integers")
+    return _resnet(list(layers), num_classes, stem)
 
 
 class VariableChannelResNet18(ResNet):
