@@ -2,6 +2,7 @@
 """Draw what the deformable layers of a network of Task II have learned, on images of a list file.
 
     python experiments/draw_deformable.py --checkpoint FILE --data FOLDER --list test.txt --output FOLDER
+    python experiments/draw_deformable.py ... --pictures FILE FILE    # draws these; the list is for offsets.csv alone
 
 Writes samples.png (where two output pixels of each layer sample the image), maps.png (modulation, length of offsets,
 and Grad-CAM of the predicted class) and offsets.csv (what share of all offsets is how long, over the whole list).
@@ -20,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from dynconv_ext import DeformableConv2d
-from dynconv_vision.data import load_list
+from dynconv_vision.data import PreprocessConfig, load_list, preprocess, read_bgr
+from dynconv_vision.data.preprocessing import UnreadableImageError
 from dynconv_vision.reporting.deformable import Samples, draw_maps, draw_samples, to_image_pixels
-from dynconv_vision.training import EvaluationLoader, StudyError, load_network, prepare_images
+from dynconv_vision.training import EvaluationLoader, ModelCard, StudyError, load_network, prepare_images
 
 #: Bounds of the histogram of offsets, in pixels of the layer's input.
 LENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -86,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", type=Path, required=True, metavar="FILE", help="list file, relative to --data")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--images", type=int, default=6, metavar="N", help="how many to draw, evenly over the list")
+    parser.add_argument("--pictures", type=Path, nargs="+", metavar="FILE", help="image files to draw instead")
     options = parser.parse_args(argv)
     try:
         if options.images < 1:
@@ -95,15 +98,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         recorder = Recorder(model)
         if not recorder.layers:
             raise StudyError(f"--checkpoint: {card.model!r} has no DeformableConv2d")
-        split = load_list(
-            options.data / options.list,
-            root=options.data,
-            image_size=card.image_size,
-            denoise=card.denoise,
-            normalize=card.normalize,
-        )
+        steps = {"image_size": card.image_size, "denoise": card.denoise, "normalize": card.normalize}
+        split = load_list(options.data / options.list, root=options.data, **steps)
+        truth: list[str | None]
+        if options.pictures is None:
+            chosen = np.unique(np.linspace(0, len(split) - 1, options.images).round().astype(np.int64))
+            images, truth = split.images[chosen], [card.classes[label] for label in split.labels[chosen]]
+        else:
+            images = np.stack([_read(path, PreprocessConfig(**steps)) for path in options.pictures])
+            truth = [None] * len(images)
         options.output.mkdir(parents=True, exist_ok=True)
-        _draw(model, recorder, split, card.classes, card.model, options.images, options.output)
+        _draw(model, recorder, np.ascontiguousarray(images), truth, card, options.output)
         _write_lengths(model, recorder, split, options.output / "offsets.csv")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -112,20 +117,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _read(path: Path, steps: PreprocessConfig) -> np.ndarray:
+    try:
+        return preprocess(read_bgr(path), steps)
+    except UnreadableImageError as error:
+        raise StudyError(f"--pictures: {path}: {error}") from None
+
+
 def _draw(
     model: nn.Module,
     recorder: Recorder,
-    split: object,
-    classes: Sequence[str],
-    title: str,
-    count: int,
+    images: np.ndarray,
+    truth: Sequence[str | None],
+    card: ModelCard,
     folder: Path,
 ) -> None:
-    chosen = np.unique(np.linspace(0, len(split) - 1, count).round().astype(np.int64))
-    images = np.ascontiguousarray(split.images[chosen])
     size = images.shape[2]
     logits = model(prepare_images(torch.from_numpy(images)))
-    cams, told = class_activation(logits, recorder.last)
+    cams, classes = class_activation(logits, recorder.last)
     pictures = images.transpose(0, 2, 3, 1)
     samples, maps = {}, {}
     with torch.no_grad():
@@ -135,7 +144,7 @@ def _draw(
             height, width = offset.shape[-2:]
             pixels = [(height // 3, width // 3), (2 * height // 3, 2 * width // 3)]
             rows = []
-            for image in range(len(chosen)):
+            for image in range(len(images)):
                 found = [sampled(layer, offset, mask, image, pixel) for pixel in pixels]
                 rows.append(
                     [
@@ -152,13 +161,11 @@ def _draw(
                 maps[f"{name}\nmodulation"] = mask.mean((1, 2)).numpy()
             maps[f"{name}\noffset, pixels"] = offset.norm(dim=3).mean((1, 2)).numpy()
     maps["Grad-CAM"] = cams
-    truth = np.asarray(split.labels)[chosen]
-    names = [
-        classes[one] if one == other else f"{classes[other]}\n(told: {classes[one]})"
-        for one, other in zip(told, truth, strict=True)
-    ]
-    draw_samples(folder / "samples.png", pictures, samples, f"{title}: sampling points of two output pixels a layer")
-    draw_maps(folder / "maps.png", pictures, maps, names, f"{title}: means over taps, and Grad-CAM")
+    told = [card.classes[place] for place in classes]
+    names = [one if other in (None, one) else f"{other}\n(told: {one})" for one, other in zip(told, truth, strict=True)]
+    title = f"{card.model}: sampling points of two output pixels a layer"
+    draw_samples(folder / "samples.png", pictures, samples, title)
+    draw_maps(folder / "maps.png", pictures, maps, names, f"{card.model}: means over taps, and Grad-CAM")
 
 
 @torch.no_grad()

@@ -715,6 +715,9 @@ class TestDrawDeformable:
         with (folder / "offsets.csv").open() as file:
             rows = list(csv.DictReader(file))
         assert [row["layer"] for row in rows] == ["stages.2.conv", "stages.3.conv"]
+        few = [photographs / "test0.png", photographs / "test1.png"]
+        assert load_script("draw_deformable").main([*map(str, [*arguments, "--pictures", *few])]) == 0
+        assert cv2.imread(str(folder / "maps.png")).shape[1] < picture.shape[1]
         for row in rows:
             shares = [float(value) for key, value in row.items() if key.startswith("share")]
             assert len(shares) == 6 and sum(shares) == pytest.approx(1, abs=1e-3)
@@ -759,3 +762,12 @@ class TestDrawDeformable:
         assert "'resnet34' has no DeformableConv2d" in capsys.readouterr().err
         assert load_script("draw_deformable").main([*map(str, arguments), "--images", "0"]) == 2
         assert "--images: got 0, expected at least 1" in capsys.readouterr().err
+
+    def test_unreadable_pictures(self, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        checkpoint, broken = tmp_path / "small.safetensors", tmp_path / "broken.png"
+        broken.write_bytes(b"no image")
+        card = ModelCard("task2", "four_conv", {"widths": [8, 8, 8, 8]}, ("a", "b", "c"), 16, False, False)
+        write_weights(checkpoint, create_model("four_conv", 3, widths=(8, 8, 8, 8)).state_dict(), card.to_dict())
+        arguments = ["--checkpoint", checkpoint, "--data", photographs, "--list", "test.txt", "--output", tmp_path]
+        assert load_script("draw_deformable").main([*map(str, [*arguments, "--pictures", broken])]) == 2
+        assert "broken.png" in capsys.readouterr().err
