@@ -97,7 +97,7 @@ class TestSmoke:
         assert results["image_size"] == results["config"]["image_size"]
         expected = {
             "task1": ["resnet18", "variable_resnet18", "task1_published"],
-            "task2": ["task2_published", "resnet34"],
+            "task2": ["task2_published", "four_conv", "resnet34"],
         }
         assert list(results["models"]) == expected[task]
         for entry in results["models"].values():

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from .results import Results
 from .source_report import CHANNEL_SETS, DATASET, IMAGE_SIZE, corrected
@@ -313,6 +313,9 @@ def draw_trade_off(path: Path, points: Mapping[str, tuple[float, float, float, f
                     name, (points[name][key], mean), xytext=(6, 3), textcoords="offset points", fontsize=7, color=INK
                 )
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(EngFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(f"{label} (logarithmic)")
         style_axes(axes)
         axes.margins(x=0.2)
