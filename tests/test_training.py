@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.transforms import v2
 
 from dynconv_vision.training import (
     ClassificationModule,
@@ -25,6 +26,7 @@ from dynconv_vision.training import (
     TrainConfig,
     TrainingInterrupted,
     TrainLoader,
+    augmentation,
     epoch_order,
     evaluate_model,
     load_network,
@@ -35,7 +37,8 @@ from dynconv_vision.training import (
     select_channels,
     train_model,
 )
-from dynconv_vision.training.datamodule import Batch, make_augmentation
+from dynconv_vision.training.augmentation import augment
+from dynconv_vision.training.datamodule import Batch
 from dynconv_vision.training.matmul_conv import use_matmul_convolutions
 
 CLASSES = ("dark", "dim", "bright", "white")
@@ -306,28 +309,79 @@ class TestBatches:
         assert prepared.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(prepared, images / 255)
 
-    def test_augmentation_draws_for_each_image(self, dataset: ArrayDataset) -> None:
-        split = ArraySplit(dataset.train.images[:1].repeat(16, 0), np.zeros(16, np.int64))
-        for name in ("light", "strong"):
-            augmentation = make_augmentation(name, 8)
-            loaders = [TrainLoader(split, 16, seed, augmentation=augmentation) for seed in (5, 5, 6)]
-            first, again, other = (next(iter(loader)).images for loader in loaders)
-            assert first.shape == (16, 3, 8, 8) and first.dtype == torch.uint8
-            assert len({image.numpy().tobytes() for image in first}) > 4
-            assert torch.equal(first, again) and not torch.equal(first, other)
 
-    def test_workers_change_nothing(self, dataset: ArrayDataset) -> None:
-        epoch = 0
-        loaders = [
-            TrainLoader(dataset.train, 8, 0, lambda: (epoch, 2), augmentation=make_augmentation("light", 8), workers=w)
-            for w in (0, 2)
-        ]
-        for epoch in (0, 1):  # noqa: B007  (the workers of the first epoch serve the second one)
-            left, right = (list(loader) for loader in loaders)
-            assert len(left) == len(right) == 7
-            for one, other in zip(left, right, strict=True):
-                assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
-                assert isinstance(other, Batch) and one.seed == other.seed
+class TestAugmentation:
+    @pytest.mark.parametrize("name", ["light", "strong"])
+    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+    def test_draws_for_each_image_by_the_seed_alone(self, name: str, memory_format: torch.memory_format) -> None:
+        images = torch.rand(1, 3, 16, 16).expand(64, 3, 16, 16).contiguous(memory_format=memory_format)
+        first, again, other = (augment(name, images, seed) for seed in (5, 5, 6))
+        assert first.shape == images.shape and first.is_contiguous(memory_format=memory_format)
+        assert len({image.numpy().tobytes() for image in first}) > 32
+        assert torch.equal(first, again) and not torch.equal(first, other)
+        # Its neighbours do not matter.
+        assert torch.equal(augment(name, images[:3], 5), first[:3])
+        assert 0 <= first.min() and first.max() <= 1
+
+    def test_none_is_the_images(self) -> None:
+        images = torch.rand(2, 3, 8, 8)
+        assert augment("none", images, 0) is images
+
+    def test_light_is_flips_and_shifts(self) -> None:
+        """Every shift by -2..2 pixels of 16, with reflected borders, flipped or not, and nothing else."""
+        image = torch.rand(3, 16, 16)
+        padded = nn.functional.pad(image[None], (2, 2, 2, 2), mode="replicate")[0]
+        # Reflection about the border pixels' outer edges: the outermost pixel comes twice.
+        padded[:, :, :2], padded[:, :, -2:] = padded[:, :, 2:4].flip(2), padded[:, :, -4:-2].flip(2)
+        padded[:, :2], padded[:, -2:] = padded[:, 2:4].flip(1), padded[:, -4:-2].flip(1)
+        shifts = [padded[:, y : y + 16, x : x + 16] for y in range(5) for x in range(5)]
+        possible = torch.stack(shifts + [each.flip(2) for each in shifts])
+        out = augment("light", image.expand(400, 3, 16, 16), 3)
+        distances = (out[:, None] - possible[None]).abs().amax((2, 3, 4))
+        nearest = distances.min(1)
+        assert nearest.values.max() < 1e-5
+        counts = torch.bincount(nearest.indices, minlength=50)
+        assert (counts > 0).sum() > 45 and counts.max() < 25
+
+    def test_crops_are_torchvisions(self) -> None:
+        images = torch.rand(3, 3, 12, 10, dtype=torch.float64)
+        boxes = [(0, 0, 12, 10), (2, 3, 6, 5), (5, 1, 7, 9)]
+        shares = torch.tensor([(t / 12, left / 10, h / 12, w / 10) for t, left, h, w in boxes], dtype=torch.float64)
+        flip = torch.tensor([False, True, False])
+        out = augmentation._cropped(images, shares, flip)
+        for image, box, flipped, got in zip(images, boxes, flip, out, strict=True):
+            expected = v2.functional.resized_crop(image, *box, size=[12, 10], antialias=False)
+            inner = (slice(None), slice(2, -2), slice(2, -2))  # at its border a crop sees what lies around it
+            torch.testing.assert_close(got[inner], (expected.flip(2) if flipped else expected)[inner])
+
+    def test_colours_are_torchvisions(self) -> None:
+        images = torch.rand(4, 3, 6, 5)
+        factors = torch.tensor([[1, 1, 1], [0.7, 1, 1], [1, 1.3, 0.7], [1.2, 0.8, 1.3]])
+        for image, factor, got in zip(images, factors.tolist(), augmentation._coloured(images, factors), strict=True):
+            expected = v2.functional.adjust_brightness(image, factor[0])
+            expected = v2.functional.adjust_contrast(expected, factor[1])
+            torch.testing.assert_close(got, v2.functional.adjust_saturation(expected, factor[2]), rtol=1e-3, atol=1e-3)
+
+    def test_boxes_have_the_areas_and_shapes_asked_for(self) -> None:
+        torch.manual_seed(0)
+        boxes = augmentation._boxes(torch.rand(4000, 2), torch.rand(4000, 2), (0.35, 1.0), (3 / 4, 4 / 3))
+        top, left, height, width = boxes.T
+        assert boxes.min() >= 0 and (top + height).max() <= 1 + 1e-6 and (left + width).max() <= 1 + 1e-6
+        area = (height * width)[(height < 1) & (width < 1)]
+        assert 0.349 < area.min() < 0.36 and area.max() > 0.95
+        assert 0.74 < (width / height).min() and (width / height).max() < 1.34
+
+    def test_every_fourth_image_has_a_grey_box(self) -> None:
+        images = torch.ones(2000, 3, 16, 16)
+        grey = (augment("strong", images, 0) - 114 / 255).abs().amax(1) < 1e-6
+        share = grey.flatten(1).any(1).float().mean()
+        assert 0.21 < share < 0.29
+        # Not only on images that are not flipped: flips show on an image with a left and a right half.
+        images[:, :, :, 8:] = 0.5
+        out = augment("strong", images, 0)
+        flipped = out[:, 0, :, :2].mean((1, 2)) < out[:, 0, :, -2:].mean((1, 2))
+        boxed = ((out - 114 / 255).abs().amax(1) < 1e-6).flatten(1).any(1)
+        assert abs(boxed[flipped].float().mean() - boxed[~flipped].float().mean()) < 0.06
 
 
 class TestTraining:

@@ -41,8 +41,8 @@ class TrainConfig:
         gradient_clip: Greatest L2 norm of all gradients together; None clips nothing.
         label_smoothing: Share of the target given to all classes evenly, in [0, 1).
         early_stop_patience: Stop after so many epochs in a row without a better validation accuracy; None never stops.
-        augment: "none"; "light": random crops and horizontal flips of the training images; "strong": crops of random
-            size, flips, colours and erased boxes. Drawn per image.
+        augment: "none"; "light": random shifts and horizontal flips of the training images; "strong": crops of random
+            size, flips, colours and erased boxes. Drawn per image, done on the device, see `.augmentation`.
         mix: Mixtures of two images and of their labels, one draw a batch: "none"; "mixup" (alpha 0.2); "cutmix" (alpha
             1); "both", one or the other at random. Training accuracy is then that of the image with the larger part.
         mix_share: Share of the batches that are mixed.
@@ -64,8 +64,6 @@ class TrainConfig:
         precision: One of PRECISIONS; "bf16" is bfloat16 autocast over float32 weights, "auto" takes it where the
             hardware multiplies bfloat16 matrices natively (CUDA from Ampere on, CPUs with AMX or AVX512-BF16).
         channels_last: Keep images and weights in the channels-last memory format.
-        workers: Processes that fetch and augment training images; None: a few beside a GPU where there is something to
-            augment, none elsewhere. Results do not depend on it.
         checkpoint_minutes: Save `last.ckpt` inside an epoch whenever this long has passed since the last save.
         checkpoint_steps: Save `last.ckpt` inside an epoch every so many steps as well; None does not.
     """
@@ -95,7 +93,6 @@ class TrainConfig:
     device: str = "auto"
     precision: str = "auto"
     channels_last: bool = True
-    workers: int | None = None
     checkpoint_minutes: float = 5.0
     checkpoint_steps: int | None = None
 
@@ -119,8 +116,6 @@ class TrainConfig:
             _require_int(self, "early_stop_patience", 1)
         if self.checkpoint_steps is not None:
             _require_int(self, "checkpoint_steps", 1)
-        if self.workers is not None:
-            _require_int(self, "workers", 0)
         if self.ema_decay is not None:
             _require_number(self, "ema_decay", 0.0, below=1.0)
         _require_number(self, "full_share", 0.0, below=1.0)
