@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 
 from dynconv_vision.data.derived import channel_sets
-from dynconv_vision.training.study import Network, Preset, Study, main
+from dynconv_vision.training.study import STRONG_RECIPE, Network, Preset, Study, main
 
 RGB = ("R", "G", "B")
 # Luminance gradients, and a near-duplicate of red: see dynconv_vision.data.derived.
@@ -25,19 +25,6 @@ WIDE = (*RGB, "X", "Y", "r")
 
 # The source report's, but for its channel order: weight decay, clipping and early stopping are Task I's alone.
 PAPER = {"learning_rate": 1e-3, "weight_decay": 1e-4, "gradient_clip": 2.0, "batch_size": 32}
-STRONG = {
-    "epochs": 30,
-    "batch_size": 128,
-    "optimizer": "adamw",
-    "learning_rate": 2e-3,
-    "weight_decay": 0.05,
-    "gradient_clip": 2.0,
-    "schedule": "cosine",
-    "warmup_epochs": 2.0,
-    "label_smoothing": 0.1,
-    "augment": "strong",
-    "ema_decay": 0.998,
-}
 SAMPLED = {"channel_sampling": "image"}
 
 
@@ -116,7 +103,7 @@ STUDY = Study(
             normalize=True,
             train=PAPER | {"epochs": 30, "early_stop_patience": 6},
         ),
-        "strong": Preset(models=tuple(STEMS), image_size=64, train=STRONG),
+        "strong": Preset(models=tuple(STEMS), image_size=64, train=STRONG_RECIPE),
         "smoke": Preset(
             models=("resnet18", "variable_resnet18", "task1_published"),
             image_size=16,

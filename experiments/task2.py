@@ -17,25 +17,11 @@ from __future__ import annotations
 
 import sys
 
-from dynconv_vision.training.study import Network, Preset, Study, main
+from dynconv_vision.training.study import STRONG_RECIPE, Network, Preset, Study, main
 
 FEW = ("task2_published", "four_conv", "resnet34")
 REPORTED = ("task2_published", "resnet34")
-STRONG = {
-    "epochs": 30,
-    "batch_size": 128,
-    "optimizer": "adamw",
-    "learning_rate": 2e-3,
-    "weight_decay": 0.05,
-    "gradient_clip": 2.0,
-    "schedule": "cosine",
-    "warmup_epochs": 2.0,
-    "label_smoothing": 0.1,
-    "augment": "strong",
-    "mix": "both",
-    "mix_share": 0.5,
-    "ema_decay": 0.998,
-}
+STRONG = STRONG_RECIPE | {"mix": "both", "mix_share": 0.5}
 # For machines on which 30 epochs take too long: so few need less against overfitting.
 SHORT = STRONG | {"epochs": 8, "warmup_epochs": 0.8, "augment": "light", "mix": "none"}
 

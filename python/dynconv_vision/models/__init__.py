@@ -19,7 +19,7 @@ Networks of Task I except ``resnet18`` take images of one to three channels and 
 
 from .channels import ChannelNorm, StaticChannelConv, sample_channel_sets, sample_channels
 from .complexity import count_flops, count_parameters
-from .four_conv import ChannelGate, FourConvNet, four_conv
+from .four_conv import ChannelGate, FourConvNet
 from .registry import create_model, list_models, register_model
 from .resnet import VariableChannelResNet18, resnet18, resnet34, static_resnet18, variable_resnet18
 from .task1_published import PublishedVariableInputConv, task1_published
@@ -42,7 +42,6 @@ __all__ = [
     "count_flops",
     "count_parameters",
     "create_model",
-    "four_conv",
     "list_models",
     "register_model",
     "resnet18",

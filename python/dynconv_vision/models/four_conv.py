@@ -79,6 +79,7 @@ def _convolution(
     return layer
 
 
+@register_model("four_conv", task="task2")
 class FourConvNet(nn.Module):
     """``conv1 pool | conv2 | conv3 pool | conv4``, each with norm, GELU and attention; then a classifier.
 
@@ -87,6 +88,7 @@ class FourConvNet(nn.Module):
 
     Args:
         num_classes: Number of classes.
+        image_size: Not used; the network takes images of any size.
         widths: Channels of the four convolutions, multiples of 8.
         convolutions: Kind of each: ``"plain"``, ``"deformable"`` (modulated, predicting its own offsets) or
             ``"dynamic"``.
@@ -109,6 +111,7 @@ class FourConvNet(nn.Module):
     def __init__(
         self,
         num_classes: int = 50,
+        image_size: int = 64,
         widths: Sequence[int] = (64, 128, 192, 256),
         convolutions: Sequence[str] = ("plain", "plain", "deformable", "deformable"),
         num_kernels: int = 4,
@@ -176,35 +179,3 @@ class FourConvNet(nn.Module):
             Logits (N, num_classes).
         """
         return self.fc(self.dropout(self.norm(self.features(x))))
-
-
-@register_model("four_conv", task="task2")
-def four_conv(
-    num_classes: int = 50,
-    image_size: int = 64,
-    widths: Sequence[int] = (64, 128, 192, 256),
-    convolutions: Sequence[str] = ("plain", "plain", "deformable", "deformable"),
-    num_kernels: int = 4,
-    modulation: bool = True,
-    attention: str = "channel",
-    norm: str = "batch",
-    pooling: str = "mean_max",
-    levels: int = 2,
-    dropout: float = 0.1,
-) -> FourConvNet:
-    """Build :class:`FourConvNet`.
-
-    Args:
-        num_classes: Number of classes.
-        image_size: Not used; the network takes images of any size.
-        widths, convolutions, num_kernels, modulation, attention, norm, pooling, levels, dropout: As of the class.
-
-    Returns:
-        A network from images (N, 3, H, W) to logits (N, num_classes).
-
-    Raises:
-        ValueError: If an argument is out of range.
-    """
-    return FourConvNet(
-        num_classes, widths, convolutions, num_kernels, modulation, attention, norm, pooling, levels, dropout
-    )

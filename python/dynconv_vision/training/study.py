@@ -42,6 +42,21 @@ from .train import Predictions, predict, train_model
 CONFIG, RESULT, RESULTS, PREDICTIONS = "config.json", "result.json", "results.json", "predictions.npz"
 _DATA_LOCK = ".data.lock"
 
+#: Settings of a modern recipe for 64 pixels, which both studies' preset "strong" builds on.
+STRONG_RECIPE: Mapping[str, Any] = {
+    "epochs": 30,
+    "batch_size": 128,
+    "optimizer": "adamw",
+    "learning_rate": 2e-3,
+    "weight_decay": 0.05,
+    "gradient_clip": 2.0,
+    "schedule": "cosine",
+    "warmup_epochs": 2.0,
+    "label_smoothing": 0.1,
+    "augment": "strong",
+    "ema_decay": 0.998,
+}
+
 
 @dataclass(frozen=True)
 class Preset:
