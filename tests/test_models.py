@@ -342,6 +342,18 @@ def test_four_conv_classifies_statistics_of_its_last_maps() -> None:
     torch.testing.assert_close(network(x), network.fc(network.norm(wanted)))
 
 
+def test_four_conv_comes_with_trained_weights() -> None:
+    """They take any size; on a picture, every layer's offsets have left their start at zero."""
+    network = create_model("four_conv", pretrained=True).eval()
+    assert network.fc.out_features == 50
+    assert network(torch.rand(1, 3, 96, 80)).shape == (1, 50)
+    for stage in (2, 3):
+        assert network.stages[stage].conv.offset_conv.weight.abs().mean() > 1e-3
+    fewer = {"num_classes": 10}
+    with pytest.raises(ValueError, match="pretrained: the weights of 'four_conv' do not fit"):
+        create_model("four_conv", pretrained=True, **fewer)
+
+
 def test_four_conv_anneals_its_dynamic_convolutions() -> None:
     network = create_model("four_conv", convolutions=("plain", "dynamic", "plain", "plain"), num_kernels=3)
     assert network.stages[1].conv.weight.shape == (3, 128, 64, 3, 3)

@@ -7,6 +7,7 @@
 // and added by a second kernel, in order.
 #include "common/cuda/launch.h"
 #include "common/cuda/pixel_sums.h"
+#include "common/cuda/shares.h"
 #include "deform_conv2d/deform_conv2d_direct.h"
 
 namespace dynconv {
@@ -141,18 +142,6 @@ __global__ void add_weight_shares_kernel(const Steps steps, const typename T::ac
   from_acc(sum, grad_weight + i);
 }
 
-// ------------------------------------------------------------------------------------------------------------- bias
-
-template <class T>
-__global__ void add_bias_shares_kernel(const typename T::acc_t* sums, int64_t shares, int outputs,
-                                       typename T::storage_t* grad_bias) {
-  const int o = int(blockIdx.x * blockDim.x + threadIdx.x);
-  if (o >= outputs) return;
-  typename T::acc_t sum = 0;
-  for (int64_t share = 0; share < shares; ++share) sum += sums[share * outputs + o];
-  from_acc(sum, grad_bias + o);
-}
-
 // How many ways the pixels are shared out: blocks enough for the device, but no share below some tiles. A function of
 // sizes and device alone, so that results are the same each time.
 struct Shares {
@@ -239,9 +228,8 @@ cudaError_t run_backward_weight(const DeformBackwardCall& call, void* workspace,
     DYNCONV_RETURN_IF_ERROR(launch_pixel_sums<T>(static_cast<const storage_t*>(call.grad_out), grad_out_stride,
                                                  p.out_pixels(), plan.rows, plan.bias.rows, outputs,
                                                  reinterpret_cast<acc_t*>(sums), stream));
-    DYNCONV_RETURN_IF_ERROR(launch(add_bias_shares_kernel<T>, ceil_div(outputs, kThreads), kThreads, 0, stream,
-                                   reinterpret_cast<const acc_t*>(sums), plan.bias.count, outputs,
-                                   static_cast<storage_t*>(call.gradients.bias)));
+    DYNCONV_RETURN_IF_ERROR(add_shares(reinterpret_cast<const acc_t*>(sums), plan.bias.count, outputs,
+                                       static_cast<storage_t*>(call.gradients.bias), stream));
   }
   return cudaSuccess;
 }
@@ -249,11 +237,7 @@ cudaError_t run_backward_weight(const DeformBackwardCall& call, void* workspace,
 #define DYNCONV_INSTANTIATE(...)                                            \
   template int64_t weight_workspace<__VA_ARGS__>(const DeformBackwardCall&); \
   template cudaError_t run_backward_weight<__VA_ARGS__>(const DeformBackwardCall&, void*, cudaStream_t);
-DYNCONV_INSTANTIATE(Types<double, double, double>)
-DYNCONV_INSTANTIATE(Types<float, float, float>)
-DYNCONV_INSTANTIATE(Types<float, tfloat32, float>)
-DYNCONV_INSTANTIATE(Types<bfloat16, bfloat16, float>)
-DYNCONV_INSTANTIATE(Types<float16, float16, float>)
+DYNCONV_FOR_EACH_TYPES(DYNCONV_INSTANTIATE)
 #undef DYNCONV_INSTANTIATE
 
 }  // namespace deform_cuda

@@ -5,6 +5,7 @@
 // kSums / kOutputs groups, one every `columns` groups, with kOutputs (at least O / G) sums each. Where taps sample is found
 // once a (pixel, tap, offset group) and read from shared memory by all columns, as are the weights.
 #include "common/cuda/launch.h"
+#include "common/cuda/shares.h"
 #include "deform_conv2d/deform_conv2d_direct.h"
 
 namespace dynconv {
@@ -485,15 +486,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks<storage_t>) direct_weight_ke
   }
 }
 
-template <class storage_t>
-__global__ void add_shares_kernel(const acc_of<storage_t>* sums, int64_t shares, int64_t count, storage_t* grad_weight) {
-  const int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
-  if (i >= count) return;
-  acc_of<storage_t> sum = 0;
-  for (int64_t share = 0; share < shares; ++share) sum += sums[share * count + i];
-  from_acc(sum, grad_weight + i);
-}
-
 // ------------------------------------------------------------------------------------------------------- launchers
 
 // Calls f with kOutputs.
@@ -592,9 +584,8 @@ cudaError_t run_direct_weight(const DeformBackwardCall& call, void* workspace, c
     const int64_t blocks = shares.count * shape.all_slabs() * shape.group_channels * p.taps();
     DYNCONV_RETURN_IF_ERROR(
         launch(direct_weight_kernel<storage_t, outputs>, blocks, kThreads, kWeightBytes<acc_t>, stream, a));
-    return launch(add_shares_kernel<storage_t>, ceil_div(count, kThreads), kThreads, 0, stream,
-                  static_cast<const acc_t*>(workspace), shares.count, count,
-                  static_cast<storage_t*>(call.gradients.weight));
+    return add_shares(static_cast<const acc_t*>(workspace), shares.count, count,
+                      static_cast<storage_t*>(call.gradients.weight), stream);
   });
 }
 

@@ -579,11 +579,7 @@ cudaError_t run_conv(const ConvProduct& product, int64_t num_kernels, const void
   template int64_t conv_workspace<__VA_ARGS__>(const ConvProduct&, int64_t);       \
   template cudaError_t run_conv<__VA_ARGS__>(const ConvProduct&, int64_t, const void*, const void*, const void*, void*, \
                                              cudaStream_t);
-DYNCONV_INSTANTIATE(Types<double, double, double>)
-DYNCONV_INSTANTIATE(Types<float, float, float>)
-DYNCONV_INSTANTIATE(Types<float, tfloat32, float>)
-DYNCONV_INSTANTIATE(Types<bfloat16, bfloat16, float>)
-DYNCONV_INSTANTIATE(Types<float16, float16, float>)
+DYNCONV_FOR_EACH_TYPES(DYNCONV_INSTANTIATE)
 #undef DYNCONV_INSTANTIATE
 
 }  // namespace dynamic_cuda

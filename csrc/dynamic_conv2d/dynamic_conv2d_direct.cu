@@ -587,11 +587,7 @@ cudaError_t run_direct_grad_input(const DynamicBackwardCall& call, cudaStream_t 
 #define DYNCONV_INSTANTIATE(...)                                                               \
   template cudaError_t run_direct_forward<__VA_ARGS__>(const DynamicCall&, void*, cudaStream_t); \
   template cudaError_t run_direct_grad_input<__VA_ARGS__>(const DynamicBackwardCall&, cudaStream_t);
-DYNCONV_INSTANTIATE(Types<double, double, double>)
-DYNCONV_INSTANTIATE(Types<float, float, float>)
-DYNCONV_INSTANTIATE(Types<float, tfloat32, float>)
-DYNCONV_INSTANTIATE(Types<bfloat16, bfloat16, float>)
-DYNCONV_INSTANTIATE(Types<float16, float16, float>)
+DYNCONV_FOR_EACH_TYPES(DYNCONV_INSTANTIATE)
 #undef DYNCONV_INSTANTIATE
 
 }  // namespace dynamic_cuda

@@ -9,6 +9,7 @@
 // of each weight[k], and <weight[k], g> is a part of the gradient of mix[k]. The shares' gradients of the weight are
 // written to the workspace and added by a second kernel. All sums have a fixed order.
 #include "common/cuda/launch.h"
+#include "common/cuda/shares.h"
 #include "dynamic_conv2d/dynamic_conv2d_direct.h"
 
 namespace dynconv {
@@ -19,7 +20,6 @@ constexpr int kMixedAtOnce = 4;
 constexpr int kSharedBytes = 80 * 1024;      // of a block
 constexpr int kGradientBytes = 20 * 1024;    // of it, a sample's gradients
 constexpr int kPixelsOfThread = 8;           // at least, before a sample is cut in pieces
-constexpr int kAddThreads = 256;
 
 template <class T>
 constexpr int kThreads = sizeof(typename T::acc_t) == 8 ? 128 : 256;  // of a block, at most
@@ -283,26 +283,6 @@ __global__ void __launch_bounds__(kThreads<T>, 2)
     });
 }
 
-// grad_weight = the sum of the shares. Each of a block's warps adds some of the shares of 32 numbers.
-template <class T>
-__global__ void __launch_bounds__(kAddThreads)
-    add_weight_shares_kernel(const typename T::acc_t* sums, int64_t shares, int64_t count,
-                             typename T::storage_t* grad_weight) {
-  using acc_t = typename T::acc_t;
-  constexpr int kWarps = kAddThreads / 32;
-  auto* const parts = reinterpret_cast<acc_t*>(dynamic_shared());  // (warps, 32)
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  const int64_t i = blockIdx.x * int64_t(32) + lane;
-  acc_t sum = 0;
-  if (i < count)
-    for (int64_t share = warp; share < shares; share += kWarps) sum += sums[share * count + i];
-  parts[warp * 32 + lane] = sum;
-  __syncthreads();
-  if (warp != 0 || i >= count) return;
-  for (int w = 1; w < kWarps; ++w) sum += parts[w * 32 + lane];
-  from_acc(sum, grad_weight + i);
-}
-
 // ------------------------------------------------------------------------------------------------------------- host
 
 // Taps of an item: fewest reads of input and grad_out.
@@ -444,20 +424,15 @@ cudaError_t run_direct_weight(const DynamicBackwardCall& call, void* workspace, 
         launch(variant.kernel, plan.blocks(), plan.threads, size_t(plan.bytes()), stream, plan.a));
     if (call.gradients.weight == nullptr) return cudaSuccess;
     const int64_t count = plan.a.num_kernels * plan.a.kernel_size;
-    return launch(add_weight_shares_kernel<Exact<T>>, ceil_div(count, 32), kAddThreads,
-                  kAddThreads * sizeof(typename T::acc_t), stream, static_cast<const typename T::acc_t*>(workspace),
-                  plan.a.shares, count, static_cast<typename T::storage_t*>(call.gradients.weight));
+    return add_shares(static_cast<const typename T::acc_t*>(workspace), plan.a.shares, count,
+                      static_cast<typename T::storage_t*>(call.gradients.weight), stream);
   });
 }
 
 #define DYNCONV_INSTANTIATE(...)                                                            \
   template int64_t direct_weight_workspace<__VA_ARGS__>(const DynamicBackwardCall&, int64_t*); \
   template cudaError_t run_direct_weight<__VA_ARGS__>(const DynamicBackwardCall&, void*, void*, cudaStream_t);
-DYNCONV_INSTANTIATE(Types<double, double, double>)
-DYNCONV_INSTANTIATE(Types<float, float, float>)
-DYNCONV_INSTANTIATE(Types<float, tfloat32, float>)
-DYNCONV_INSTANTIATE(Types<bfloat16, bfloat16, float>)
-DYNCONV_INSTANTIATE(Types<float16, float16, float>)
+DYNCONV_FOR_EACH_TYPES(DYNCONV_INSTANTIATE)
 #undef DYNCONV_INSTANTIATE
 
 }  // namespace dynamic_cuda

@@ -363,11 +363,7 @@ cudaError_t run_weight(const DynamicBackwardCall& call, void* dots, void* worksp
   template int64_t weight_dot_parts<__VA_ARGS__>(const DynamicConv2dParams&);    \
   template int64_t weight_workspace<__VA_ARGS__>(const DynamicBackwardCall&);    \
   template cudaError_t run_weight<__VA_ARGS__>(const DynamicBackwardCall&, void*, void*, cudaStream_t);
-DYNCONV_INSTANTIATE(Types<double, double, double>)
-DYNCONV_INSTANTIATE(Types<float, float, float>)
-DYNCONV_INSTANTIATE(Types<float, tfloat32, float>)
-DYNCONV_INSTANTIATE(Types<bfloat16, bfloat16, float>)
-DYNCONV_INSTANTIATE(Types<float16, float16, float>)
+DYNCONV_FOR_EACH_TYPES(DYNCONV_INSTANTIATE)
 #undef DYNCONV_INSTANTIATE
 
 }  // namespace dynamic_cuda

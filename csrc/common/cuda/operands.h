@@ -20,6 +20,14 @@ struct Types {
   static_assert(sizeof(storage_) == sizeof(operand_));
 };
 
+// Calls the macro with the Types of every precision, for explicit instantiations.
+#define DYNCONV_FOR_EACH_TYPES(INSTANTIATE)       \
+  INSTANTIATE(Types<double, double, double>)      \
+  INSTANTIATE(Types<float, float, float>)         \
+  INSTANTIATE(Types<float, tfloat32, float>)      \
+  INSTANTIATE(Types<bfloat16, bfloat16, float>)   \
+  INSTANTIATE(Types<float16, float16, float>)
+
 // Calls f with the Types of a precision.
 template <class F>
 auto dispatch_precision(Precision precision, F f) {
