@@ -88,4 +88,5 @@ def draw_maps(path: Path, images: np.ndarray, rows: Mapping[str, np.ndarray], na
         axes.set_xticks([])
         axes.set_yticks([])
     figure.suptitle(title)
-    save_figure(figure, path)
+    # Photographs under colours compress badly.
+    save_figure(figure, path, dpi=90)

@@ -76,9 +76,9 @@ def style_axes(axes: Axes, grid: str = "y") -> None:
     axes.set_axisbelow(True)
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path, dpi: int = 150) -> None:
     """Write a PNG."""
-    figure.savefig(path, dpi=150, facecolor="white")
+    figure.savefig(path, dpi=dpi, facecolor="white")
 
 
 def _source_handle() -> Line2D:

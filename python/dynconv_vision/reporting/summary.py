@@ -71,7 +71,7 @@ def write_summary(folder: str | Path, resamples: int = RESAMPLES, against: str |
         aims = task1_aims(outcomes, bootstrap)
         sections = task1_sections(folder, outcomes, estimates, bootstrap, title)
     else:
-        aims = task2_aims(outcomes, bootstrap, others)
+        aims = task2_aims(outcomes, bootstrap, settings["preset"], others)
         sections = task2_sections(folder, outcomes, bootstrap, title)
     if aims:
         header = ["aim", "wanted", "measured", "met"]

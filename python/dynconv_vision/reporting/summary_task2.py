@@ -37,9 +37,19 @@ def _best(outcomes: Mapping[str, Outcome]) -> str | None:
 
 
 def task2_aims(
-    outcomes: Mapping[str, Outcome], bootstrap: Bootstrap, others: Mapping[str, Outcome]
+    outcomes: Mapping[str, Outcome], bootstrap: Bootstrap, preset: str, others: Mapping[str, Outcome]
 ) -> list[dict[str, Any]]:
-    """The study's aims, as far as the networks that they compare are there."""
+    """The study's aims, as far as they are of this recipe and the networks that they compare are there.
+
+    Args:
+        outcomes: Of the runs.
+        bootstrap: For the intervals.
+        preset: Their recipe; "paper" is the source report's.
+        others: Outcomes under another recipe.
+
+    Returns:
+        For each: what, how much is wanted, what was measured, whether that is met.
+    """
     aims: list[dict[str, Any]] = []
 
     def share(aim: str, name: str, baseline: Outcome, wanted: float) -> None:
@@ -48,11 +58,11 @@ def task2_aims(
 
     best = _best(outcomes)
     if RESNET34 in outcomes:
-        if PUBLISHED in outcomes:
+        if PUBLISHED in outcomes and preset == "paper":
             share("published network, share of ResNet-34's accuracy", PUBLISHED, outcomes[RESNET34], TASK2_GOAL)
         if best is not None:
-            # 95 % is the aim of the strong recipe, the harder one for the small network.
-            share(f"`{best}`, share of ResNet-34's accuracy", best, outcomes[RESNET34], 95)
+            wanted = 100 if preset == "paper" else 95
+            share(f"`{best}`, share of ResNet-34's accuracy", best, outcomes[RESNET34], wanted)
             ratio = outcomes[best].number("flops") / outcomes[RESNET34].number("flops")
             aims.append(
                 {
