@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dynconv_ext import DeformableConv2d
 from dynconv_vision.data import PreprocessConfig, load_list, preprocess, read_bgr
 from dynconv_vision.data.preprocessing import UnreadableImageError
-from dynconv_vision.reporting.deformable import Samples, draw_maps, draw_samples, to_image_pixels
+from dynconv_vision.reporting.deformable import Samples, draw_maps, draw_samples
 from dynconv_vision.training import EvaluationLoader, ModelCard, StudyError, load_network, prepare_images
 
 #: Bounds of the histogram of offsets, in pixels of the layer's input.
@@ -98,14 +98,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         recorder = Recorder(model)
         if not recorder.layers:
             raise StudyError(f"--checkpoint: {card.model!r} has no DeformableConv2d")
-        steps = {"image_size": card.image_size, "denoise": card.denoise, "normalize": card.normalize}
-        split = load_list(options.data / options.list, root=options.data, **steps)
+        file = options.data / options.list
+        split = load_list(file, root=options.data, num_classes=card.num_classes, **card.preprocessing)
         truth: list[str | None]
         if options.pictures is None:
             chosen = np.unique(np.linspace(0, len(split) - 1, options.images).round().astype(np.int64))
             images, truth = split.images[chosen], [card.classes[label] for label in split.labels[chosen]]
         else:
-            images = np.stack([_read(path, PreprocessConfig(**steps)) for path in options.pictures])
+            images = np.stack([_read(path, PreprocessConfig(**card.preprocessing)) for path in options.pictures])
             truth = [None] * len(images)
         options.output.mkdir(parents=True, exist_ok=True)
         _draw(model, recorder, np.ascontiguousarray(images), truth, card, options.output)
@@ -143,20 +143,10 @@ def _draw(
             offset, mask = predictions(layer, x)
             height, width = offset.shape[-2:]
             pixels = [(height // 3, width // 3), (2 * height // 3, 2 * width // 3)]
-            rows = []
-            for image in range(len(images)):
-                found = [sampled(layer, offset, mask, image, pixel) for pixel in pixels]
-                rows.append(
-                    [
-                        Samples(
-                            to_image_pixels(each.centre, x.shape[2], size),
-                            to_image_pixels(each.taps, x.shape[2], size),
-                            each.weights,
-                        )
-                        for each in found
-                    ]
-                )
-            samples[name] = rows
+            samples[name] = [
+                [sampled(layer, offset, mask, image, pixel).in_image(x.shape[2], size) for pixel in pixels]
+                for image in range(len(images))
+            ]
             if layer.modulator_conv is not None:
                 maps[f"{name}\nmodulation"] = mask.mean((1, 2)).numpy()
             maps[f"{name}\noffset, pixels"] = offset.norm(dim=3).mean((1, 2)).numpy()
@@ -170,7 +160,7 @@ def _draw(
 
 @torch.no_grad()
 def _write_lengths(model: nn.Module, recorder: Recorder, split: object, path: Path) -> None:
-    """Shares of offset lengths, and quantiles of the modulation, of every layer over all images."""
+    """Shares of offset lengths, and mean and deviation of the modulation, of every layer over all images."""
     counts = {name: np.zeros(len(LENGTHS) + 1) for name in recorder.layers}
     sums = {name: np.zeros(3) for name in recorder.layers}
     for batch in EvaluationLoader(split):

@@ -37,13 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         stem = getattr(model, "conv1", None)
         if not isinstance(stem, VariableInputConv) or stem.attention is None or stem.groups > 1:
             raise StudyError(f"--checkpoint: {card.model!r} has no VariableInputConv with an attention")
-        split = load_list(
-            options.data / options.list,
-            root=options.data,
-            image_size=card.image_size,
-            denoise=card.denoise,
-            normalize=card.normalize,
-        )
+        file = options.data / options.list
+        split = load_list(file, root=options.data, num_classes=card.num_classes, **card.preprocessing)
         whole = f"in {''.join(stem.channels)}"
         mixtures: dict[str, np.ndarray] = {}
         kernels: dict[str, dict[str, np.ndarray]] = {whole: {}, "alone": {}}

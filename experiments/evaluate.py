@@ -46,11 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         split = load_list(
             found[0],
             root=options.data,
-            image_size=card.image_size,
             num_classes=card.num_classes,
-            denoise=card.denoise,
-            normalize=card.normalize,
             skip_bad_images=options.skip_bad_images,
+            **card.preprocessing,
         )
         settings = {"batch_size": options.batch_size, "device": options.device, "precision": options.precision}
         print(json.dumps(measure_checkpoint(options.checkpoint, split, **settings)))

@@ -763,6 +763,16 @@ class TestDrawDeformable:
         assert load_script("draw_deformable").main([*map(str, arguments), "--images", "0"]) == 2
         assert "--images: got 0, expected at least 1" in capsys.readouterr().err
 
+    def test_labels_that_the_network_does_not_have(
+        self, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    ) -> None:
+        checkpoint = tmp_path / "small.safetensors"
+        card = ModelCard("task2", "four_conv", {"widths": [8, 8, 8, 8]}, ("a", "b"), 16, False, False)
+        write_weights(checkpoint, create_model("four_conv", 2, widths=(8, 8, 8, 8)).state_dict(), card.to_dict())
+        arguments = ["--checkpoint", checkpoint, "--data", photographs, "--list", "test.txt", "--output", tmp_path]
+        assert load_script("draw_deformable").main([*map(str, arguments)]) == 2
+        assert "label" in capsys.readouterr().err
+
     def test_unreadable_pictures(self, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         checkpoint, broken = tmp_path / "small.safetensors", tmp_path / "broken.png"
         broken.write_bytes(b"no image")

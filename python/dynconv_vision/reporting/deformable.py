@@ -14,10 +14,10 @@ from .figures import INK, new_figure, save_figure
 
 @dataclass(frozen=True)
 class Samples:
-    """Where one output pixel of a layer samples an image.
+    """Where one output pixel of a layer samples its input, or the image; both count pixels' centres from 0.
 
     Attributes:
-        centre: (2,) y and x of the pixel itself, in pixels of the image.
+        centre: (2,) y and x of the pixel itself.
         taps: (K, 2) y and x of its taps, moved by their offsets.
         weights: (K,) modulation of the taps, 0 to 2; 1 where there is none.
     """
@@ -26,10 +26,10 @@ class Samples:
     taps: np.ndarray
     weights: np.ndarray
 
-
-def to_image_pixels(places: np.ndarray, map_size: int, image_size: int) -> np.ndarray:
-    """Coordinates in a feature map as coordinates in the image; both count pixels' centres from 0."""
-    return (places + 0.5) * (image_size / map_size) - 0.5
+    def in_image(self, map_size: int, image_size: int) -> Samples:
+        """The same in pixels of the image, from those of a feature map of it."""
+        centre, taps = ((places + 0.5) * (image_size / map_size) - 0.5 for places in (self.centre, self.taps))
+        return Samples(centre, taps, self.weights)
 
 
 def draw_samples(path: Path, images: np.ndarray, rows: Mapping[str, Sequence[Sequence[Samples]]], title: str) -> None:

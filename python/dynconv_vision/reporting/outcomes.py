@@ -138,6 +138,11 @@ def deviation(values: np.ndarray) -> float | None:
     return float(values.std(ddof=1)) if len(values) > 1 else None
 
 
+def aim(text: str, wanted: str, measured: object, met: bool) -> dict[str, Any]:
+    """An aim of a study, as summaries have it: what, how much is wanted, what was measured, whether that is met."""
+    return {"aim": text, "wanted": wanted, "measured": str(measured), "met": bool(met)}
+
+
 def write_tables(
     folder: Path, outcomes: Mapping[str, Outcome], estimates: Mapping[str, Mapping[str, Estimate]]
 ) -> None:

@@ -72,7 +72,7 @@ def write_summary(folder: str | Path, resamples: int = RESAMPLES, against: str |
         sections = task1_sections(folder, outcomes, estimates, bootstrap, title)
     else:
         aims = task2_aims(outcomes, bootstrap, settings["preset"], others)
-        sections = task2_sections(folder, outcomes, bootstrap, title)
+        sections = task2_sections(folder, outcomes, estimates, bootstrap, title)
     if aims:
         header = ["aim", "wanted", "measured", "met"]
         rows = [[aim["aim"], aim["wanted"], aim["measured"], "yes" if aim["met"] else "no"] for aim in aims]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .figures import draw_set_bars
-from .outcomes import Bootstrap, Estimate, Outcome, deviation
+from .outcomes import Bootstrap, Estimate, Outcome, aim, deviation
 from .report import markdown_table
 from .source_report import CHANNEL_SETS
 
@@ -139,8 +139,8 @@ def task1_aims(outcomes: Mapping[str, Outcome], bootstrap: Bootstrap) -> list[di
         return aims
     ours = outcomes[OURS]
 
-    def add(aim: str, wanted: str, measured: object, met: bool) -> None:
-        aims.append({"aim": aim, "wanted": wanted, "measured": str(measured), "met": bool(met)})
+    def add(*stated: Any) -> None:
+        aims.append(aim(*stated))
 
     if PLAIN in outcomes:
         plain = outcomes[PLAIN]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .figures import draw_trade_off
-from .outcomes import Bootstrap, Outcome, deviation
+from .outcomes import Bootstrap, Estimate, Outcome, aim, deviation
 from .report import markdown_table
 from .source_report import TASK2_GOAL
 
@@ -52,9 +52,9 @@ def task2_aims(
     """
     aims: list[dict[str, Any]] = []
 
-    def share(aim: str, name: str, baseline: Outcome, wanted: float) -> None:
+    def share(text: str, name: str, baseline: Outcome, wanted: float) -> None:
         ratio = bootstrap.ratio(outcomes[name].score(_WHOLE), baseline.score(_WHOLE))
-        aims.append({"aim": aim, "wanted": f">= {wanted:g} %", "measured": str(ratio), "met": ratio.mean >= wanted})
+        aims.append(aim(text, f">= {wanted:g} %", ratio, ratio.mean >= wanted))
 
     best = _best(outcomes)
     if RESNET34 in outcomes:
@@ -64,24 +64,22 @@ def task2_aims(
             wanted = 100 if preset == "paper" else 95
             share(f"`{best}`, share of ResNet-34's accuracy", best, outcomes[RESNET34], wanted)
             ratio = outcomes[best].number("flops") / outcomes[RESNET34].number("flops")
-            aims.append(
-                {
-                    "aim": f"`{best}`, operations over ResNet-34's",
-                    "wanted": "< 1",
-                    "measured": f"{ratio:.4f}",
-                    "met": ratio < 1,
-                }
-            )
+            aims.append(aim(f"`{best}`, operations over ResNet-34's", "< 1", f"{ratio:.4f}", ratio < 1))
     if best is not None and RESNET34 in others:
         share(f"`{best}`, share of the accuracy of ResNet-34 under the other recipe", best, others[RESNET34], 100)
     return aims
 
 
-def task2_sections(folder: Path, outcomes: Mapping[str, Outcome], bootstrap: Bootstrap, title: str) -> list[str]:
+def task2_sections(
+    folder: Path,
+    outcomes: Mapping[str, Outcome],
+    estimates: Mapping[str, Mapping[str, Estimate]],
+    bootstrap: Bootstrap,
+    title: str,
+) -> list[str]:
     """Lines of Markdown; draws trade_off.png."""
     rows = []
     for name, outcome in outcomes.items():
-        accuracy = bootstrap.estimate(outcome.score(_WHOLE))
         sd = deviation(100 * outcome.right[""].mean(1))
         share = "–"
         if RESNET34 in outcomes and name != RESNET34:
@@ -97,19 +95,19 @@ def task2_sections(folder: Path, outcomes: Mapping[str, Outcome], bootstrap: Boo
                 f"{outcome.number('flops') / 1e9:.4f} G",
                 f"{outcome.number('train_acc'):.2f}",
                 f"{outcome.val[''].mean():.2f}",
-                str(accuracy) + ("" if sd is None else f" ± {sd:.2f}"),
+                str(estimates[name][""]) + ("" if sd is None else f" ± {sd:.2f}"),
                 share,
                 less,
             ]
         )
     header = ["network", "seeds", "parameters", "operations", "train", "val", "test", "% of ResNet-34", "less ours"]
+    shown = (*_SIZES, DISTILLED, _best(outcomes))
     draw_trade_off(
         folder / "trade_off.png",
         {
-            name: (outcome.number("params"), outcome.number("flops"), *vars(accuracy).values())
+            name: (outcome.number("params"), outcome.number("flops"), *vars(estimates[name][""]).values())
             for name, outcome in outcomes.items()
-            if not _is_ours(name) or name in (*_SIZES, DISTILLED, _best(outcomes))
-            for accuracy in [bootstrap.estimate(outcome.score(_WHOLE))]
+            if not _is_ours(name) or name in shown
         },
         title,
     )

@@ -48,6 +48,11 @@ class ModelCard:
         """Number of classes."""
         return len(self.classes)
 
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """Keyword arguments of `load_list` and `PreprocessConfig` that make images what the network was trained on."""
+        return {"image_size": self.image_size, "denoise": self.denoise, "normalize": self.normalize}
+
     def to_dict(self) -> dict[str, Any]:
         """The card as plain values, which `torch.load(weights_only=True)` reads."""
         return {"format": _FORMAT} | dataclasses.asdict(self) | {"classes": list(self.classes)}

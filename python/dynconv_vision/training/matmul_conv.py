@@ -53,7 +53,7 @@ class _MatmulConv(torch.autograd.Function):
         ctx: FunctionCtx, x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]
     ) -> Tensor:
         pad_y, pad_x = padding
-        out_channels, channels, kernel_height, kernel_width = weight.shape
+        out_channels, _, kernel_height, kernel_width = weight.shape
         padded = nn.functional.pad(x.permute(0, 2, 3, 1), (0, 0, pad_x, pad_x, pad_y, pad_y))
         # (N, height, width, C, kernel_height, kernel_width), a view
         windows = padded.unfold(1, kernel_height, stride[0]).unfold(2, kernel_width, stride[1])
