@@ -23,8 +23,9 @@ import torch
 from torch import nn
 
 from dynconv_ext import DeformableConv2d
-from dynconv_vision.models import create_model, registry
+from dynconv_vision.models import count_parameters, create_model, registry
 from dynconv_vision.models.weights import write_weights
+from dynconv_vision.reporting.summary import write_summary
 from dynconv_vision.training import ClassificationModule, ModelCard, StudyError, TrainConfig, load_network
 from dynconv_vision.training.study import CHANNEL_SETS, Network, Preset, Study, StudyConfig, main
 
@@ -513,17 +514,35 @@ class TestEvaluate:
 
 
 class TestTask1Protocol:
-    def test_networks_can_be_built(self) -> None:
+    @pytest.mark.parametrize("preset", ["strong", "reduced"])
+    def test_networks_can_be_built(self, preset: str) -> None:
         study = load_script("task1").STUDY
         for name, network in study.networks.items():
-            train = TrainConfig.from_dict(dict(study.presets["strong"].train) | dict(network.train))
-            model = registry.create_model(network.model or name, 5, 16, **network.options)
+            train = TrainConfig.from_dict(dict(study.presets[preset].train) | dict(network.train))
+            options = dict(study.presets[preset].options) | dict(network.options)
+            model = registry.create_model(network.model or name, 5, 16, **options)
             ClassificationModule(model, dataclasses.replace(train, ema_decay=None), 5, 16)
             known = set(getattr(model, "channels", "RGB"))
             assert network.test_sets is None or any(set(names) <= known for names in network.test_sets)
         for group in study.groups.values():
             assert set(group) <= set(study.networks)
         assert [name for name in study.networks if name.startswith("specialist_")] == list(study.groups["specialists"])
+
+    def test_reduced_networks(self, photographs: Path, tmp_path: Path) -> None:
+        """A preset's options reach the networks, the run's settings, its weights and its summary."""
+        size = {"layers": [1, 1, 1, 1], "width": 32}
+        arguments = f"--preset reduced --image-size 16 --epochs 1 --batch-size 8 --device cpu --data {photographs}"
+        run = tmp_path / "runs" / "a"
+        more = ["--precision", "float32", "--models", "variable_resnet18", "--output", str(run)]
+        assert main(load_script("task1").STUDY, arguments.split() + more) == 0
+        results = json.loads((run / "results.json").read_text())
+        assert results["config"]["options"] == size
+        model, card = load_network(run / "variable_resnet18" / "best.ckpt")
+        assert card.options == size
+        assert results["models"]["variable_resnet18"]["params"] == count_parameters(model) < 1_300_000
+        assert "16 px, networks with layers [1, 1, 1, 1], width 32, recipe `reduced`" in write_summary(
+            tmp_path / "runs"
+        )
 
     def test_channels_never_seen(self, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         names = ["specialist_RB", "variable_without_B", "static_without_B"]

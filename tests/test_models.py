@@ -288,9 +288,28 @@ def test_resnet_takes_a_stem_of_ones_own() -> None:
     assert network(torch.zeros(1, 1, 32, 32)).shape == (1, 4)
 
 
-def test_resnet34_explains_wrong_layers() -> None:
-    with pytest.raises(ValueError, match=r"layers: got \(3, 4, 6\), expected four positive integers"):
-        create_model("resnet34", layers=(3, 4, 6))
+@pytest.mark.parametrize("name", [*TASK1, "resnet34"])
+def test_resnets_can_be_smaller(name: str) -> None:
+    network = create_model(name, num_classes=4, layers=(1, 1, 2, 1), width=8).eval()
+    assert [len(getattr(network, f"layer{i}")) for i in (1, 2, 3, 4)] == [1, 1, 2, 1]
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    assert {module.out_channels for module in convolutions} == {8, 16, 32, 64}
+    assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 4)
+
+
+@pytest.mark.parametrize("name", [*TASK1, "resnet34"])
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"layers": (3, 4, 6)}, r"layers: got \(3, 4, 6\), expected four positive integers"),
+        ({"layers": (3, 4, 6, 0)}, r"layers: got \(3, 4, 6, 0\), expected four positive integers"),
+        ({"width": 0}, "width: got 0, expected a positive integer"),
+        ({"width": 6.5}, "width: got 6.5, expected a positive integer"),
+    ],
+)
+def test_resnets_explain_wrong_sizes(name: str, options: dict, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        create_model(name, **options)
 
 
 # Ours in Task II

@@ -21,12 +21,13 @@ from .channels import ChannelNorm, StaticChannelConv, sample_channel_sets, sampl
 from .complexity import count_flops, count_parameters
 from .four_conv import ChannelGate, FourConvNet
 from .registry import create_model, list_models, register_model
-from .resnet import VariableChannelResNet18, resnet18, resnet34, static_resnet18, variable_resnet18
+from .resnet import BasicResNet, VariableChannelResNet, resnet18, resnet34, static_resnet18, variable_resnet18
 from .task1_published import PublishedVariableInputConv, task1_published
 from .task2_published import CBAM, PixelAttention, Task2Published, task2_published
 from .variable_input_conv import KernelGenerator, SharedChannelAttention, VariableInputConv
 
 __all__ = [
+    "BasicResNet",
     "CBAM",
     "ChannelGate",
     "ChannelNorm",
@@ -37,7 +38,7 @@ __all__ = [
     "SharedChannelAttention",
     "StaticChannelConv",
     "Task2Published",
-    "VariableChannelResNet18",
+    "VariableChannelResNet",
     "VariableInputConv",
     "count_flops",
     "count_parameters",

@@ -14,49 +14,99 @@ from .registry import register_model
 from .variable_input_conv import VariableInputConv
 
 
-def small_stem() -> nn.Conv2d:
+def small_stem(width: int = 64) -> nn.Conv2d:
     """The source report's stem of Task I: 3x3, stride 1, padding 1. Batch norm, ReLU and max-pooling 3/2/1 follow."""
-    conv = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+    conv = nn.Conv2d(3, width, kernel_size=3, padding=1, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as torchvision draws its own
     return conv
 
 
-def _stem(stem: str | nn.Module) -> nn.Module | None:
-    """The module for ``stem``; None stands for torchvision's own."""
-    if isinstance(stem, nn.Module):
-        return stem
-    if stem == "small":
-        return small_stem()
-    if stem == "torchvision":
-        return None
-    raise ValueError(f"stem: got {stem!r}, expected 'small', 'torchvision' or a module from images to 64 channels")
+def check_sizes(layers: Sequence[int], width: int) -> None:
+    """What :class:`BasicResNet` takes; stems are made before it is.
+
+    Raises:
+        ValueError: If layers are not four positive integers, or width is no positive integer.
+    """
+    if len(layers) != 4 or not all(_is_positive_integer(each) for each in layers):
+        raise ValueError(f"layers: got {layers!r}, expected four positive integers")
+    if not _is_positive_integer(width):
+        raise ValueError(f"width: got {width!r}, expected a positive integer")
 
 
-def _resnet(layers: list[int], num_classes: int, stem: str | nn.Module) -> ResNet:
-    conv1 = _stem(stem)
-    network = ResNet(BasicBlock, layers, num_classes=num_classes)
-    if conv1 is not None:
-        network.conv1 = conv1
-    return network
+def _is_positive_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+class BasicResNet(ResNet):
+    """torchvision's ResNet of basic blocks, of any depth and width.
+
+    Args:
+        layers: Blocks of two convolutions in each of four stages: (2, 2, 2, 2) is ResNet-18, (3, 4, 6, 3) ResNet-34.
+        num_classes: Number of classes.
+        width: Channels of the stem and of the first stage; each later stage has twice those of the one before.
+        stem: ``"small"`` (3x3, stride 1), ``"torchvision"`` (7x7, stride 2) or a module from images to ``width``
+            channels.
+
+    Raises:
+        ValueError: If the stem is unknown, layers are not four positive integers, or width is no positive integer.
+
+    Source: He et al., Deep Residual Learning for Image Recognition, CVPR 2016, arXiv:1512.03385.
+    """
+
+    def __init__(
+        self, layers: Sequence[int], num_classes: int, width: int = 64, stem: str | nn.Module = "torchvision"
+    ) -> None:
+        check_sizes(layers, width)
+        if not isinstance(stem, nn.Module) and stem not in ("small", "torchvision"):
+            raise ValueError(
+                f"stem: got {stem!r}, expected 'small', 'torchvision' or a module from images to {width} channels"
+            )
+        self._width = width
+        # Drawn before the rest: what a seed gives must not change.
+        conv1 = small_stem(width) if stem == "small" else stem
+        super().__init__(BasicBlock, list(layers), num_classes=num_classes)
+        if width != 64:
+            self.bn1 = nn.BatchNorm2d(width)
+            self.fc = nn.Linear(8 * width, num_classes)
+            if stem == "torchvision":
+                conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
+                nn.init.kaiming_normal_(conv1.weight, mode="fan_out", nonlinearity="relu")
+        if isinstance(conv1, nn.Module):
+            self.conv1 = conv1
+
+    def _make_layer(
+        self, block: type[BasicBlock], planes: int, blocks: int, stride: int = 1, dilate: bool = False
+    ) -> nn.Sequential:
+        # torchvision asks for stages of 64, 128, 256 and 512.
+        if planes == 64:
+            self.inplanes = self._width
+        return super()._make_layer(block, planes // 64 * self._width, blocks, stride, dilate)
 
 
 @register_model("resnet18", task="task1")
-def resnet18(num_classes: int = 50, image_size: int = 64, stem: str | nn.Module = "small") -> ResNet:
+def resnet18(
+    num_classes: int = 50,
+    image_size: int = 64,
+    stem: str | nn.Module = "small",
+    layers: Sequence[int] = (2, 2, 2, 2),
+    width: int = 64,
+) -> BasicResNet:
     """Plain ResNet-18, the baseline of Task I.
 
     Args:
         num_classes: Number of classes.
         image_size: Not used; the network takes images of any size.
         stem: ``"small"`` (3x3, stride 1: 11,194,482 parameters with 50 classes), ``"torchvision"`` (7x7, stride 2:
-            11,202,162) or a module from images to 64 channels.
+            11,202,162) or a module from images to ``width`` channels.
+        layers, width: As in :class:`BasicResNet`; smaller ones make smaller networks of its family.
 
     Returns:
         A network from images (N, 3, H, W) to logits (N, num_classes).
 
     Raises:
-        ValueError: If the stem is unknown.
+        ValueError: As :class:`BasicResNet`.
     """
-    return _resnet([2, 2, 2, 2], num_classes, stem)
+    return BasicResNet(layers, num_classes, width, stem)
 
 
 @register_model("resnet34", task="task2")
@@ -65,42 +115,49 @@ def resnet34(
     image_size: int = 64,
     stem: str | nn.Module = "torchvision",
     layers: Sequence[int] = (3, 4, 6, 3),
-) -> ResNet:
+    width: int = 64,
+) -> BasicResNet:
     """ResNet-34, the baseline of Task II: 21,310,322 parameters with torchvision's own stem and 50 classes.
 
     Args:
         num_classes: Number of classes.
         image_size: Not used; the network takes images of any size.
         stem: As in :func:`resnet18`.
-        layers: Blocks of two convolutions in each of the four stages; fewer make the smaller networks of its family.
+        layers, width: As in :class:`BasicResNet`; smaller ones make smaller networks of its family.
 
     Returns:
         A network from images (N, 3, H, W) to logits (N, num_classes).
 
     Raises:
-        ValueError: If the stem is unknown, or layers are not four positive integers.
-
-    Source: He et al., Deep Residual Learning for Image Recognition, CVPR 2016, arXiv:1512.03385.
+        ValueError: As :class:`BasicResNet`.
     """
-    if len(layers) != 4 or any(isinstance(each, bool) or not isinstance(each, int) or each < 1 for each in layers):
-        raise ValueError(f"layers: got {layers!r}, expected four positive integers")
-    return _resnet(list(layers), num_classes, stem)
+    return BasicResNet(layers, num_classes, width, stem)
 
 
-class VariableChannelResNet18(ResNet):
+class VariableChannelResNet(BasicResNet):
     """ResNet-18 whose stem takes images of any set of named channels.
 
     Args:
         num_classes: Number of classes.
-        stem: A module ``(x, channels) -> (N, 64, H, W)`` with an attribute ``channels``, the names it knows; one that
-            is called with sets a sample also takes ``present``.
+        stem: A module ``(x, channels) -> (N, width, H, W)`` with an attribute ``channels``, the names it knows; one
+            that is called with sets a sample also takes ``present``.
         norm: A module ``(x, channels) -> x`` in front of it.
+        layers, width: As in :class:`BasicResNet`.
+
+    Raises:
+        ValueError: As :class:`BasicResNet`.
     """
 
-    def __init__(self, num_classes: int, stem: nn.Module, norm: ChannelNorm | None = None) -> None:
-        super().__init__(BasicBlock, [2, 2, 2, 2], num_classes=num_classes)
+    def __init__(
+        self,
+        num_classes: int,
+        stem: nn.Module,
+        norm: ChannelNorm | None = None,
+        layers: Sequence[int] = (2, 2, 2, 2),
+        width: int = 64,
+    ) -> None:
+        super().__init__(layers, num_classes, width, stem)
         self.norm = norm
-        self.conv1 = stem
         #: Names of the channels that the network knows.
         self.channels: tuple[str, ...] = tuple(stem.channels)
         #: Whether it also takes channels of unknown identity, named None.
@@ -130,8 +187,13 @@ class VariableChannelResNet18(ResNet):
 
 @register_model("static_resnet18", task="task1")
 def static_resnet18(
-    num_classes: int = 50, image_size: int = 64, channels: Sequence[str] = RGB, rescale: bool = True
-) -> VariableChannelResNet18:
+    num_classes: int = 50,
+    image_size: int = 64,
+    channels: Sequence[str] = RGB,
+    rescale: bool = True,
+    layers: Sequence[int] = (2, 2, 2, 2),
+    width: int = 64,
+) -> VariableChannelResNet:
     """ResNet-18 with a plain convolution as its stem, over any set of its channels: the baseline for variable channels.
 
     Channels are normalised, missing ones are zeros, the others are scaled by C / m. Trained on one set of channels, it
@@ -142,18 +204,20 @@ def static_resnet18(
         image_size: Not used; the network takes images of any size.
         channels: Names of the channels.
         rescale: Whether to scale by C / m.
+        layers, width: As in :class:`BasicResNet`.
 
     Returns:
         A network from images (N, m, H, W) and their channels' names to logits (N, num_classes).
 
     Raises:
-        ValueError: If a name comes twice.
+        ValueError: If a name comes twice, and as :class:`BasicResNet`.
 
     Source: the stem of Bao et al., Channel Vision Transformers, ICLR 2024, table 2, in a ResNet.
     """
-    stem = StaticChannelConv(64, 3, padding=1, bias=False, channels=channels, rescale=rescale)
+    check_sizes(layers, width)
+    stem = StaticChannelConv(width, 3, padding=1, bias=False, channels=channels, rescale=rescale)
     nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # as torchvision draws its own
-    return VariableChannelResNet18(num_classes, stem, ChannelNorm(channels))
+    return VariableChannelResNet(num_classes, stem, ChannelNorm(channels), layers, width)
 
 
 @register_model("variable_resnet18", task="task1")
@@ -166,7 +230,9 @@ def variable_resnet18(
     attention: bool = True,
     residual: bool = True,
     gain: bool = True,
-) -> VariableChannelResNet18:
+    layers: Sequence[int] = (2, 2, 2, 2),
+    width: int = 64,
+) -> VariableChannelResNet:
     """ResNet-18 with a :class:`VariableInputConv` stem (3x3, stride 1, padding 1, no bias: batch norm follows).
 
     Train it on sets of channels drawn a sample, see :func:`sample_channel_sets`.
@@ -178,15 +244,17 @@ def variable_resnet18(
         temperature: Of the stem's softmax, at first.
         channels: Names of the channels.
         attention, residual, gain: Parts of the stem that can be left out.
+        layers, width: As in :class:`BasicResNet`.
 
     Returns:
         A network from images (N, m, H, W) and their channels' names to logits (N, num_classes).
 
     Raises:
-        ValueError: If a number is out of range, or a name comes twice.
+        ValueError: If a number is out of range, or a name comes twice; as :class:`BasicResNet`.
     """
+    check_sizes(layers, width)
     stem = VariableInputConv(
-        64,
+        width,
         3,
         padding=1,
         bias=False,
@@ -197,4 +265,4 @@ def variable_resnet18(
         residual=residual,
         gain=gain,
     )
-    return VariableChannelResNet18(num_classes, stem, ChannelNorm(channels))
+    return VariableChannelResNet(num_classes, stem, ChannelNorm(channels), layers, width)

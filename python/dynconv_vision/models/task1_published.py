@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import dynconv_ext
 
 from .registry import register_model
-from .resnet import VariableChannelResNet18
+from .resnet import VariableChannelResNet, check_sizes
 
 
 class PublishedVariableInputConv(nn.Module):
@@ -110,14 +110,21 @@ class PublishedVariableInputConv(nn.Module):
 
 
 @register_model("task1_published", task="task1")
-def task1_published(num_classes: int = 50, image_size: int = 64) -> VariableChannelResNet18:
+def task1_published(
+    num_classes: int = 50, image_size: int = 64, layers: Sequence[int] = (2, 2, 2, 2), width: int = 64
+) -> VariableChannelResNet:
     """The published network of Task I: ResNet-18 behind a :class:`PublishedVariableInputConv`, defect included.
 
     Args:
         num_classes: Number of classes.
         image_size: Not used; the network takes images of any size.
+        layers, width: As in :class:`~dynconv_vision.models.BasicResNet`.
 
     Returns:
         A network from images (N, 1 to 3, H, W) to logits (N, num_classes).
+
+    Raises:
+        ValueError: As :class:`~dynconv_vision.models.BasicResNet`.
     """
-    return VariableChannelResNet18(num_classes, PublishedVariableInputConv(64))
+    check_sizes(layers, width)
+    return VariableChannelResNet(num_classes, PublishedVariableInputConv(width), layers=layers, width=width)

@@ -60,10 +60,13 @@ def write_summary(folder: str | Path, resamples: int = RESAMPLES, against: str |
 
     epochs = settings["train"]["epochs"]
     lines = [f"# {_TITLES[task]}: summary", ""]
+    options = settings.get("options") or {}  # runs of before have none
+    size = "".join(f", {name} {value}" for name, value in options.items())
     lines += [
-        f"{Path(settings['data']).name}, {settings['image_size']} px, recipe `{settings['preset']}`, {epochs} epochs, "
-        f"{images} test images. Accuracies in percent: mean over seeds, and the 95 % interval of a paired bootstrap "
-        "over the test images; ± is the standard deviation over seeds. Epochs were chosen on the validation images.",
+        f"{Path(settings['data']).name}, {settings['image_size']} px{size and ', networks with' + size[1:]}, "
+        f"recipe `{settings['preset']}`, {epochs} epochs, {images} test images. Accuracies in percent: mean over "
+        "seeds, and the 95 % interval of a paired bootstrap over the test images; ± is the standard deviation over "
+        "seeds. Epochs were chosen on the validation images.",
         "",
     ]
     title = f"{_TITLES[task]}: {settings['image_size']} px, recipe {settings['preset']}, {epochs} epochs"

@@ -68,6 +68,7 @@ class Preset:
         denoise, normalize: Preprocessing, see `dynconv_vision.data.load_dataset`.
         limits: Greatest numbers of generated images by split.
         train: Settings for `TrainConfig`.
+        options: Keyword arguments of `create_model` for every network.
     """
 
     models: tuple[str, ...]
@@ -76,6 +77,7 @@ class Preset:
     normalize: bool = False
     limits: Mapping[str, int] | None = None
     train: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Network:
 
     Attributes:
         model: Its name in `dynconv_vision.models`; the study's own name for it if empty.
-        options: Keyword arguments of `create_model`.
+        options: Keyword arguments of `create_model`, over those of the preset.
         train: Settings of `TrainConfig`.
         teacher: A network of the same run, earlier in it, that this one learns from; its settings have the weight,
             `distillation`.
@@ -132,6 +134,7 @@ class StudyConfig:
     skip_bad_images: bool
     models: tuple[str, ...]
     train: TrainConfig
+    options: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON types."""
@@ -155,6 +158,8 @@ class StudyConfig:
                 raise StudyError(f"{CONFIG}: {name}: got {getattr(config, name)!r}, expected a {kind.__name__}")
         if not isinstance(config.limits, dict | None):
             raise StudyError(f"{CONFIG}: limits: got {config.limits!r}, expected numbers by split, or null")
+        if not isinstance(config.options, dict):
+            raise StudyError(f"{CONFIG}: options: got {config.options!r}, expected settings of networks by name")
         return config
 
 
@@ -345,11 +350,11 @@ def _set_channel_statistics(model: torch.nn.Module, split: Split) -> None:
 def _train_and_test(study: Study, config: StudyConfig, name: str, dataset: Dataset, folder: Path) -> dict[str, Any]:
     network = study.networks[name]
     train = TrainConfig.from_dict(config.train.to_dict() | dict(network.train))
-    model_name, options = network.model or name, dict(network.options)
+    model_name, options = network.model or name, config.options | dict(network.options)
     torch.manual_seed(train.seed)
     try:
         model = create_model(model_name, len(dataset.classes), config.image_size, **options)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise StudyError(str(error)) from error
     _set_channel_statistics(model, dataset.train)
     params = count_parameters(model)
@@ -524,7 +529,14 @@ def _configured(study: Study, name: str, explicit: dict[str, Any]) -> StudyConfi
         "skip_bad_images": False,
         "models": preset.models,
     } | {key: explicit[key] for key in _STUDY_OPTIONS if key in explicit and key != "data"}
-    return StudyConfig(task=study.task, preset=name, limits=limits, train=TrainConfig.from_dict(train), **settings)
+    return StudyConfig(
+        task=study.task,
+        preset=name,
+        limits=limits,
+        train=TrainConfig.from_dict(train),
+        options=dict(preset.options),
+        **settings,
+    )
 
 
 def _resumed(study: Study, folder: Path, preset: str | None, explicit: dict[str, Any]) -> StudyConfig:
