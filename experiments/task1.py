@@ -61,6 +61,9 @@ ABLATIONS = {
     "variable_no_attention": variable(attention=False),
     "variable_no_residual": variable(residual=False),
     "variable_no_gain": variable(gain=False),
+    # Missing channels are not imputed, the rest is scaled by C / m; or imputing is all there is.
+    "variable_no_imputation": variable(imputation=False),
+    "variable_imputation_only": variable(num_kernels=1, residual=False, gain=False),
     # Trained on all three channels; or with one set of channels for all images of a step.
     "variable_no_sampling": variable({"channel_sampling": "none"}),
     "variable_step_sampling": variable({"channel_sampling": "step"}),

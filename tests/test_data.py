@@ -27,7 +27,7 @@ from dynconv_vision.data import (
     workers,
 )
 from dynconv_vision.data.cache import prepare
-from dynconv_vision.data.derived import CHANNEL_NAMES, channel_statistics, derive_channels
+from dynconv_vision.data.derived import CHANNEL_NAMES, channel_correlation, channel_statistics, derive_channels
 from dynconv_vision.data.generated import CLASSES, COLOURS, SHAPES, GeneratedSource, draw
 from dynconv_vision.data.preprocessing import PreprocessConfig, UnreadableImageError, preprocess, read_bgr
 from dynconv_vision.data.sources import ArraySource
@@ -878,6 +878,14 @@ class TestDerivedChannels:
         statistics = channel_statistics(images, ("G", "B"))
         assert statistics["G"] == pytest.approx((float(images[:, 1].mean()), float(images[:, 1].std(correction=0))))
         assert statistics["B"] == (0.5, 1e-3)
+
+    def test_correlation(self) -> None:
+        images = torch.rand(4, 3, 7, 5)
+        images[:, 2] = 0.5
+        correlation = channel_correlation(images, ("R", "X", "G", "B"))
+        planes = derive_channels(images, ("R", "X", "G")).transpose(0, 1).flatten(1)
+        torch.testing.assert_close(correlation[:3, :3], planes.corrcoef())
+        assert torch.equal(correlation[3], torch.tensor([0.0, 0, 0, 1])) and torch.equal(correlation, correlation.t())
 
     @pytest.mark.parametrize("names", [(), ("R", "R"), ("R", "Q")])
     def test_errors(self, names: tuple[str, ...]) -> None:

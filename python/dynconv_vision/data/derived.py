@@ -92,3 +92,27 @@ def channel_statistics(images: Tensor, names: Sequence[str] = CHANNEL_NAMES) -> 
     """
     std, mean = torch.std_mean(derive_channels(images, names).double(), dim=(0, 2, 3), correction=0)
     return {name: (float(mean[place]), max(float(std[place]), 1e-3)) for place, name in enumerate(names)}
+
+
+def channel_correlation(images: Tensor, names: Sequence[str] = CHANNEL_NAMES) -> Tensor:
+    """Correlations, over all pixels of all images, between the channels that are asked for.
+
+    Args:
+        images: (N, 3, H, W), red first, floating point.
+        names: C of them, as in :func:`derive_channels`.
+
+    Returns:
+        (C, C), float32, ones on the diagonal; a channel that is constant correlates with no other.
+
+    Raises:
+        ValueError: As :func:`derive_channels`.
+
+    Example:
+        >>> channel_correlation(torch.rand(2, 1, 8, 8).expand(2, 3, 8, 8), ("R", "G")).round(decimals=3)
+        tensor([[1., 1.],
+                [1., 1.]])
+    """
+    plane = derive_channels(images, names).double().transpose(0, 1).flatten(1)
+    plane = plane - plane.mean(dim=1, keepdim=True)
+    plane = plane / plane.square().sum(dim=1, keepdim=True).sqrt().clamp(min=1e-9)
+    return (plane @ plane.t()).fill_diagonal_(1).float()

@@ -230,6 +230,7 @@ def variable_resnet18(
     attention: bool = True,
     residual: bool = True,
     gain: bool = True,
+    imputation: bool = True,
     layers: Sequence[int] = (2, 2, 2, 2),
     width: int = 64,
 ) -> VariableChannelResNet:
@@ -243,7 +244,7 @@ def variable_resnet18(
         num_kernels: Kernels of the stem.
         temperature: Of the stem's softmax, at first.
         channels: Names of the channels.
-        attention, residual, gain: Parts of the stem that can be left out.
+        attention, residual, gain, imputation: Parts of the stem that can be left out.
         layers, width: As in :class:`BasicResNet`.
 
     Returns:
@@ -264,5 +265,6 @@ def variable_resnet18(
         attention=attention,
         residual=residual,
         gain=gain,
+        imputation=imputation,
     )
     return VariableChannelResNet(num_classes, stem, ChannelNorm(channels), layers, width)

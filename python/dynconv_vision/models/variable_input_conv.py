@@ -4,23 +4,32 @@
 N batch, C channels of the table, m of them in the set s of an input, O output channels, K kernels, G groups; e_c is the
 identity of channel c, a learned vector; one more stands for unknown channels.
 
-    W[n, :, c] = sum_k a[n, k] * weight[k, :, c] + residual(e_c, s)                    a[n] = softmax(logits[n] / T)
-    out[n] = gain[m] * (conv2d(C / m * input[n], W[n]) + sum_k a[n, k] * bias[k])
+    W[n, :, c] = sum_k a[n, k] * sum_j T[j, c] * weight[k, :, j] + residual(e_c, s)    a[n] = softmax(logits[n] / T)
+    out[n] = gain[m] * (conv2d(input[n], W[n]) + sum_k a[n, k] * bias[k])
 
 - ``weight`` (K, O, C / G, kH, kW) holds K kernels for every known channel: the layout of ``nn.Conv2d.weight`` with K in
-  front. A channel of unknown identity takes the mean of the table.
+  front.
+- T (C, m) imputes: a known channel j that is missing is estimated from those that are there, by linear regression from
+  the channels' correlations, and its kernels act on the estimate. What follows thus sees the same features whatever
+  the set, as far as channels tell of each other: of red alone, those of a grey image. That is done on the kernels, so
+  it costs nothing for every pixel. Until correlations are known, they are all 1: a missing channel is the mean of the
+  others. An unknown channel counts as one of the known ones, drawn at random; it has no kernels of the table, but takes
+  part in imputing.
+- Without imputation (an option): inputs times C / m, and an unknown channel takes the mean of the table.
 - The residual comes from a small network whose last layer starts at zero. It sees the channel's identity, the mean
   identity of the set and its size, so the kernels of red alone need not be those of red beside green.
-- C / m keeps the size of the output when channels are missing; the gain of a set size is learned and starts at 1.
+- The gain of a set size is learned and starts at 1.
 - The attention describes each channel by its mean, its standard deviation and its identity, passes every description
   through the same small network and averages over the channels: neither their number nor their order matters.
 
-All of it is one call of :func:`dynconv_ext.dynamic_conv2d`: the residuals of the sets that a batch holds are further
-kernels of the bank, and a sample's mixing weights are its attention, followed by a 1 for its set, times its gain.
+All of it is one call of :func:`dynconv_ext.dynamic_conv2d`: its bank holds K kernels for each set of a batch, and the
+residual of each set; a sample's mixing weights are its attention at the kernels of its set and a 1 at its residual,
+times its gain.
 
 Source: the mixture of kernels and its temperature are Chen et al., Dynamic Convolution: Attention over Convolution
 Kernels, CVPR 2020; kernels generated from a channel's identity are Ha et al., HyperNetworks, ICLR 2017; sampling the
-number of channels before the channels, and the scale, are Bao et al., Channel Vision Transformers, ICLR 2024.
+number of channels before the channels, and the scale, are Bao et al., Channel Vision Transformers, ICLR 2024; imputing
+by the conditional mean is Little and Rubin, Statistical Analysis with Missing Data, chapter 11.
 """
 
 from __future__ import annotations
@@ -39,6 +48,8 @@ from .channels import RGB, channel_places, check_present, checked_names
 
 #: Numbers in a channel's identity.
 IDENTITY_SIZE = 8
+#: Variance of the noise that imputation allows for in a channel of variance 1: near-duplicates share, none gets all.
+IMPUTATION_NOISE = 0.01
 
 
 class SharedChannelAttention(nn.Module):
@@ -136,8 +147,8 @@ class VariableInputConv(AnnealedTemperature):
         padding: As in ``nn.Conv2d``; zeros, in pixels.
         dilation: As in ``nn.Conv2d``.
         groups: G. Channel i of the table feeds group ``i // (C / G)``, as in ``nn.Conv2d``, also when others are
-            missing; C / m is then each group's own, a group without channels gives its bias alone, and there is no
-            place for channels of unknown identity.
+            missing; each group imputes from its own channels, or scales by their C / m, a group without channels gives
+            its bias alone, and there is no place for channels of unknown identity.
         bias: Whether there is one.
         num_kernels: K.
         temperature: Of the softmax, at first; see :meth:`anneal` and :meth:`set_temperature`.
@@ -145,12 +156,14 @@ class VariableInputConv(AnnealedTemperature):
         attention: Whether the mixture depends on the input; without, it is 1 / K each.
         residual: Whether there is a generated residual.
         gain: Whether the gain of a set size is learned.
+        imputation: Whether missing channels are imputed; without, inputs are scaled by C / m.
 
     Attributes:
         weight: (K, O, C / G, kH, kW).
         bias: (K, O) or None.
         identity: (C + 1, E), the last one that of unknown channels; None where nothing uses it.
         log_gain: (C,), the logarithm of the gain of sets of 1 to C channels; larger sets take the last. Or None.
+        correlation: buffer (C, C), the channels' correlations, see :meth:`set_correlation`; None without imputation.
         temperature: buffer, one number.
 
     Shape:
@@ -182,6 +195,7 @@ class VariableInputConv(AnnealedTemperature):
         attention: bool = True,
         residual: bool = True,
         gain: bool = True,
+        imputation: bool = True,
     ) -> None:
         super().__init__()
         channels = checked_names(channels)
@@ -212,6 +226,8 @@ class VariableInputConv(AnnealedTemperature):
         self.generator = KernelGenerator(out_channels // groups * math.prod(self.kernel_size)) if residual else None
         self.log_gain = nn.Parameter(torch.empty(len(channels))) if gain else None
         self.register_temperature(temperature)
+        self.correlation: Tensor | None
+        self.register_buffer("correlation", torch.ones(len(channels), len(channels)) if imputation else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -231,9 +247,39 @@ class VariableInputConv(AnnealedTemperature):
         if self.log_gain is not None:
             nn.init.zeros_(self.log_gain)
 
+    def set_correlation(self, correlation: Tensor) -> None:
+        """Take the known channels' correlations, which :func:`~dynconv_vision.data.derived.channel_correlation` finds.
+
+        Args:
+            correlation: (C, C), in the order of the table.
+
+        Raises:
+            ValueError: If there is no imputation, or it is no matrix of correlations.
+        """
+        if self.correlation is None:
+            raise ValueError("correlation: got one, expected none: this convolution has no imputation")
+        given = correlation.detach().double().cpu()
+        count = len(self.channels)
+        if given.shape != (count, count) or not bool(
+            torch.isfinite(given).all()
+            and torch.allclose(given, given.t(), atol=1e-4)
+            and torch.allclose(given.diagonal(), torch.ones(count).double(), atol=1e-4)
+            and torch.linalg.eigvalsh(given)[0] > -1e-3
+        ):
+            raise ValueError(
+                f"correlation: got {tuple(given.shape)} {given.tolist()}, expected a symmetric matrix "
+                f"({count}, {count}) with ones on its diagonal and no negative eigenvalue"
+            )
+        self.correlation.copy_((given + given.t()) / 2)
+
     def extra_repr(self) -> str:
         """Arguments, for ``repr``."""
-        parts = {"attention": self.attention, "residual": self.generator, "gain": self.log_gain}
+        parts = {
+            "attention": self.attention,
+            "residual": self.generator,
+            "gain": self.log_gain,
+            "imputation": self.correlation,
+        }
         return (
             f"{self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, "
             f"dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}, "
@@ -291,8 +337,8 @@ class VariableInputConv(AnnealedTemperature):
             x: (N, m, H, W).
             mix: (N, K), any real numbers.
             channels: As in :meth:`forward`.
-            scale: Factor of the input in place of C / m times the gain.
-            context: The set that the residual sees; that of ``x`` if None.
+            scale: Factor of the input in place of the gain, and of C / m without imputation.
+            context: The set that imputation and residual see; that of ``x`` if None.
 
         Returns:
             (N, O, Ho, Wo).
@@ -330,22 +376,28 @@ class VariableInputConv(AnnealedTemperature):
             sets, which = torch.ones(1, len(places), dtype=torch.bool), torch.zeros(len(x), dtype=torch.int64)
         else:
             sets, which = torch.unique(present.cpu(), dim=0, return_inverse=True)
-        factor = self._factors(places, sets) if scale is None else sets * scale
+        factor = sets.float() if self.correlation is not None else self._factors(places, sets)
+        if scale is not None:
+            factor = sets * scale
         if present is not None or (factor != 1).any():
             x = x * factor[which].to(x.device, x.dtype)[:, :, None, None]
         if self.groups > 1 and places != list(range(len(self.channels))):
             # Channels stay in their groups: fill the missing ones with zeros, which add nothing.
             full = x.new_zeros(len(x), len(self.channels), *x.shape[2:])
             x = full.index_copy(1, torch.tensor(places, device=x.device), x)
-        bank, attention, bias = self._table(places), mix, self.bias
+        # The sets by the channels of `around`, which for a given context are not those of x.
+        around, seen = places, sets
+        if context is not None:
+            around, seen = context, torch.ones(1, len(context), dtype=torch.bool)
+        bank, bias = self._table(places, seen, around), self.bias
+        chosen = F.one_hot(which, len(sets)).to(mix.device, mix.dtype)
+        attention = mix
+        if len(bank) > self.num_kernels:
+            attention = (chosen[:, :, None] * mix[:, None]).flatten(1)
+            bias = None if bias is None else bias.repeat(len(sets), 1)
         if self.generator is not None:
-            if context is None:
-                residual = self._residual(places, sets, places)
-            else:
-                residual = self._residual(places, torch.ones(1, len(context), dtype=torch.bool), context)
-            bank = torch.cat((bank, residual))
-            chosen = F.one_hot(which, len(sets)).to(mix.device, mix.dtype)
-            attention = torch.cat((mix, chosen), dim=1)
+            bank = torch.cat((bank, self._residual(places, seen, around)))
+            attention = torch.cat((attention, chosen), dim=1)
             bias = None if bias is None else torch.cat((bias, bias.new_zeros(len(sets), self.out_channels)))
         if self.log_gain is not None and scale is None:
             attention = attention * self._gain(sets)[which.to(mix.device), None]
@@ -367,7 +419,7 @@ class VariableInputConv(AnnealedTemperature):
     def _factors(self, places: list[int], sets: Tensor) -> Tensor:
         """C / m for every channel that a set has, 0 for the others; of each group by itself. (S, m) -> (S, m)."""
         per_group = len(self.channels) // self.groups
-        group = torch.tensor(places if self.groups > 1 else [0] * len(places)) // per_group
+        group = self._groups_of(places if self.groups > 1 else [0] * len(places))
         together = (group[:, None] == group).float()
         return sets * per_group / (sets.float() @ together).clamp(min=1)
 
@@ -376,15 +428,51 @@ class VariableInputConv(AnnealedTemperature):
         size = sets.sum(dim=1).clamp(max=len(self.channels))
         return self.log_gain[(size - 1).to(self.log_gain.device)].exp()
 
-    def _table(self, places: list[int]) -> Tensor:
-        """K kernels of the channels that the convolution gets, (K, O, channels / G, kH, kW)."""
-        slots, known = self._slots(places), len(self.channels)
+    def _table(self, places: list[int], sets: Tensor, around: list[int]) -> Tensor:
+        """The kernels of the channels that the convolution gets, (K, O, channels / G, kH, kW).
+
+        S times K of them where they differ from set to set.
+
+        Args:
+            places: The channels of the input.
+            sets: (S, M), bool, which of the channels ``around`` each set has.
+            around: M places.
+        """
+        slots, known, table = self._slots(places), len(self.channels), self.weight
+        if self.correlation is not None and not (sets.all() and set(around) >= set(range(known))):
+            return self._imputed(slots, sets, around)
         if slots == list(range(known)):
-            return self.weight
-        table = self.weight
+            return table
         if known in slots:
-            table = torch.cat((table, table.mean(dim=2, keepdim=True)), dim=2)
+            mean = table.mean(dim=2, keepdim=True)
+            table = torch.cat((table, mean if self.correlation is None else torch.zeros_like(mean)), dim=2)
         return table[:, :, slots]
+
+    def _imputed(self, slots: list[int], sets: Tensor, around: list[int]) -> Tensor:
+        """K kernels a set, with those of the missing channels passed on to the present ones."""
+        known = len(self.channels)
+        with torch.autocast(self.weight.device.type, enabled=False):
+            # (S, known, M): what each channel that is there gives of each known one that is missing.
+            shares = imputation_shares(self.correlation, sets, around, self._groups_of(range(known)))
+            column = {place: number for number, place in enumerate(around)}
+            slot_of = torch.tensor(slots, device=shares.device)
+            passed = shares.new_zeros(len(sets), known, len(slots))
+            there = [number for number, place in enumerate(slots) if place in column]
+            passed[:, :, there] = shares[:, :, [column[slots[number]] for number in there]]
+            passed = passed + (torch.arange(known, device=shares.device)[:, None] == slot_of).to(shares.dtype)
+            per_group = known // self.groups
+            if self.groups > 1:
+                # (S, G, I, I): channels pass on to their own group's alone.
+                blocks = passed.view(len(sets), self.groups, per_group, self.groups, per_group)
+                passed = blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+            else:
+                passed = passed[:, None]
+            grouped = self.weight.unflatten(1, (self.groups, -1))
+            made = torch.einsum("sgji,kgojhw->skgoihw", passed.to(grouped.dtype), grouped)
+        return made.flatten(2, 3).flatten(0, 1)
+
+    def _groups_of(self, places: Sequence[int]) -> Tensor:
+        return torch.tensor([place * self.groups // len(self.channels) for place in places])
 
     def _residual(self, places: list[int], sets: Tensor, context: list[int]) -> Tensor:
         """One kernel a set for the channels that the convolution gets, (S, O, channels / G, kH, kW)."""
@@ -404,6 +492,7 @@ class VariableInputConv(AnnealedTemperature):
         attention: bool = True,
         residual: bool = True,
         gain: bool = True,
+        imputation: bool = True,
     ) -> VariableInputConv:
         """A module that gives what ``conv`` gives on the full set of channels: all K kernels are copies of its kernel.
 
@@ -411,7 +500,7 @@ class VariableInputConv(AnnealedTemperature):
 
         Args:
             conv: The convolution; ``padding_mode`` must be ``"zeros"`` and ``padding`` given in pixels.
-            num_kernels, temperature, attention, residual, gain: As of the class.
+            num_kernels, temperature, attention, residual, gain, imputation: As of the class.
             channels: Names of the input channels of ``conv``.
 
         Returns:
@@ -440,6 +529,7 @@ class VariableInputConv(AnnealedTemperature):
             attention,
             residual,
             gain,
+            imputation,
         ).to(conv.weight.device, conv.weight.dtype)
         with torch.no_grad():
             module.weight.copy_(conv.weight.expand_as(module.weight))
@@ -484,15 +574,51 @@ class VariableInputConv(AnnealedTemperature):
             dtype=self.weight.dtype,
         )
         everything = torch.ones(1, len(places), dtype=torch.bool)
-        weight = torch.tensordot(weights, self._table(places), dims=1)
+        weight = torch.tensordot(weights, self._table(places, everything, places), dims=1)
         if self.generator is not None:
             weight = weight + self._residual(places, everything, places)[0]
         gain = 1 if self.log_gain is None else self._gain(everything)
-        scale = 1 if self.groups > 1 else len(self.channels) / len(places)
+        scale = 1 if self.groups > 1 or self.correlation is not None else len(self.channels) / len(places)
         conv.weight.copy_(weight * scale * gain)
         if conv.bias is not None and self.bias is not None:
             conv.bias.copy_(weights @ self.bias * gain)
         return conv
+
+
+def imputation_shares(correlation: Tensor, sets: Tensor, places: Sequence[int], groups: Tensor | None = None) -> Tensor:
+    """What each channel that is there gives of each known channel that is missing: coefficients of linear regression.
+
+    Channels have variance 1, and those that are there :data:`IMPUTATION_NOISE` more. An unknown one is one of the known
+    ones, drawn at random.
+
+    Args:
+        correlation: (C, C), of the known channels.
+        sets: (S, M), bool: which channels each set has.
+        places: M places in the table, C for unknown channels.
+        groups: (C,), a number a known channel: different ones are not imputed from each other; None: no groups.
+
+    Returns:
+        (S, C, M), zero in the columns of absent channels and in the rows of present ones.
+    """
+    count = len(correlation)
+    among = correlation if correlation.dtype == torch.float64 else correlation.float()
+    if groups is not None:
+        among = among * (groups[:, None] == groups).to(among.device)
+    # One more row and column, for unknown channels.
+    one = among.mean(dim=0, keepdim=True)
+    among = torch.cat((torch.cat((among, one)), torch.cat((one, one.mean(dim=1, keepdim=True)), dim=1).t()), dim=1)
+    place = torch.tensor(list(places), device=among.device)
+    member = sets.to(among.device, among.dtype)
+    own = torch.eye(len(place), device=among.device, dtype=among.dtype)
+    between = among[place][:, place] * (1 - own) + (1 + IMPUTATION_NOISE) * own
+    # Absent channels are left with a 1 on the diagonal and no say.
+    system = member[:, :, None] * between * member[:, None, :] + torch.diag_embed(1 - member)
+    wanted = member[:, :, None] * among[place][:, :count]
+    shares = torch.cholesky_solve(wanted, torch.linalg.cholesky_ex(system).L)
+    # (M, C): which known channel each one is; unknown ones are none.
+    known = (place[:, None] == torch.arange(count, device=place.device)).to(member.dtype)
+    missing = 1 - member @ known
+    return (shares * missing[:, None]).transpose(1, 2)
 
 
 def _pair(argument: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:

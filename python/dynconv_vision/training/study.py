@@ -27,8 +27,8 @@ import torch.distributed
 import torchvision
 
 from dynconv_vision.data import load_dataset
-from dynconv_vision.data.derived import CHANNEL_NAMES, channel_statistics
-from dynconv_vision.models import ChannelNorm, count_flops, count_parameters, create_model
+from dynconv_vision.data.derived import CHANNEL_NAMES, channel_correlation, channel_statistics
+from dynconv_vision.models import ChannelNorm, VariableInputConv, count_flops, count_parameters, create_model
 from dynconv_vision.reporting import ResultsError, write_report
 from dynconv_vision.reporting.source_report import CHANNEL_SETS
 
@@ -336,15 +336,19 @@ def _by_set(predictions: Mapping[str, Predictions]) -> dict[str, float]:
 
 
 def _set_channel_statistics(model: torch.nn.Module, split: Split) -> None:
-    """Give normalising layers the mean and standard deviation of the training images."""
-    layers = [module for module in model.modules() if isinstance(module, ChannelNorm)]
-    if layers:
+    """Give layers over named channels what they want to know of the training images."""
+    norms = [module for module in model.modules() if isinstance(module, ChannelNorm)]
+    stems = [module for module in model.modules() if isinstance(module, VariableInputConv)]
+    stems = [stem for stem in stems if stem.correlation is not None]
+    if norms or stems:
         # Some thousand images give three digits.
         some = np.linspace(0, len(split) - 1, min(len(split), 2000)).astype(np.int64)
         images = prepare_images(torch.from_numpy(split.images[some]), channels_last=False)
         statistics = channel_statistics(images, CHANNEL_NAMES)
-        for layer in layers:
-            layer.set_statistics(statistics)
+        for norm in norms:
+            norm.set_statistics(statistics)
+        for stem in stems:
+            stem.set_correlation(channel_correlation(images, stem.channels))
 
 
 def _train_and_test(study: Study, config: StudyConfig, name: str, dataset: Dataset, folder: Path) -> dict[str, Any]:
