@@ -259,8 +259,8 @@ struct SampledChunk<T, false> {
 // Whether chunks can be read 16 bytes at once: channels fastest, and every segment begins and ends at a whole chunk.
 inline bool has_vectors(const void* data, bool channels_last, int64_t channels, int64_t group_channels,
                         int64_t offset_channels, int64_t chunk) {
-  return channels_last && reinterpret_cast<uintptr_t>(data) % 16 == 0 && channels % chunk == 0 &&
-         group_channels % chunk == 0 && offset_channels % chunk == 0;
+  return channels_last && is_aligned(data, 16) && channels % chunk == 0 && group_channels % chunk == 0 &&
+         offset_channels % chunk == 0;
 }
 
 // -------------------------------------------------------------------------------------------------- packed weight

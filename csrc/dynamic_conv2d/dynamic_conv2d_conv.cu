@@ -548,7 +548,7 @@ cudaError_t run_conv(const ConvProduct& product, int64_t num_kernels, const void
   const int64_t pixels = product.gather.pixels();
   constexpr int V = T::kChunk;
   const bool last = product.out_stride.channel == 1;
-  const bool aligned = reinterpret_cast<uintptr_t>(product.out) % 16 == 0;
+  const bool aligned = is_aligned(product.out, 16);
   // Runs of a chunk that stay in a row of the tile and begin at a multiple of 16 bytes.
   const bool out_vectors = aligned && (last ? product.results % V == 0
                                             : product.gather.phases() == 1 && pixels % V == 0 && plan.way != Plan<T>::wide);

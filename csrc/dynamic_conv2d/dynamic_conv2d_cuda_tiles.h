@@ -120,7 +120,7 @@ struct PackedBank {
 
 // Whether chunks of channels can be copied 16 bytes at once.
 inline bool has_vectors(const void* data, bool channels_last, int64_t group_channels, int64_t chunk) {
-  return channels_last && reinterpret_cast<uintptr_t>(data) % 16 == 0 && group_channels % chunk == 0;
+  return channels_last && is_aligned(data, 16) && group_channels % chunk == 0;
 }
 
 // Where a row's taps read: sources are base + the tap's offset. Rows that don't exist have image -1.

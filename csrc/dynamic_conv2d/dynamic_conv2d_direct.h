@@ -22,10 +22,6 @@ inline bool direct_weight(const DynamicConv2dParams& p) { return direct_forward(
 template <class T>
 using Exact = Types<typename T::storage_t, typename T::storage_t, typename T::acc_t>;
 
-inline bool is_aligned(const void* data, int64_t bytes) {
-  return reinterpret_cast<uintptr_t>(data) % uintptr_t(bytes) == 0;
-}
-
 // out in the layout of input.
 template <class T>
 cudaError_t run_direct_forward(const DynamicCall&, void* out, cudaStream_t);

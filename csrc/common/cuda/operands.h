@@ -5,6 +5,7 @@
 #include "common/cuda/tile.h"
 #include "common/cuda/types.h"
 
+#include <cstdint>
 #include <type_traits>
 
 namespace dynconv {
@@ -38,6 +39,10 @@ auto dispatch_precision(Precision precision, F f) {
     case Precision::bfloat16: return f(Types<bfloat16, bfloat16, float>());
     default: return f(Types<float16, float16, float>());
   }
+}
+
+inline bool is_aligned(const void* data, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(data) % uintptr_t(bytes) == 0;
 }
 
 // Numbers at `count` of kChunk neighbouring channels, the rest 0. vectors: 16 bytes at once, count is 0 or kChunk.
