@@ -79,6 +79,7 @@ DYNAMIC_CASES = [
     DynamicCase("one_pixel", channels=40, size=(1, 1), kernel=(1, 1), padding=(0, 0)),
     DynamicCase("several_chunks_of_channels", channels=70, size=(5, 5), out_channels=40),
     DynamicCase("several_tiles_of_pixels", batch=2, channels=5, size=(33, 37), out_channels=9),
+    DynamicCase("several_tiles_blocks_and_groups", batch=3, channels=6, size=(31, 37), out_channels=70, groups=2),
     DynamicCase("several_tiles_with_stride", batch=2, channels=33, size=(47, 50), stride=(2, 1), out_channels=9),
     DynamicCase("one_sample_shared_by_threads", batch=1, channels=33, size=(30, 31), out_channels=70),
     DynamicCase("one_sample_one_tile", batch=1, channels=18, size=(6, 6), out_channels=70),

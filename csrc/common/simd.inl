@@ -88,6 +88,27 @@ template <>
 DYNCONV_INLINE void store_partial<float, float>(float* p, Vec<float> v, int64_t count) {
   _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1u), (__m512)v);
 }
+template <>
+DYNCONV_INLINE Vec<float> load_partial<float, bfloat16>(const bfloat16* p, int64_t count) {
+  const __m256i bits = _mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1u), p);
+  return (Vec<float>)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+template <>
+DYNCONV_INLINE void store_partial<float, bfloat16>(bfloat16* p, Vec<float> v, int64_t count) {
+  bfloat16 whole[Simd<float>::lanes];
+  store(whole, v);
+  _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1u),
+                           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(whole)));
+}
+template <>
+DYNCONV_INLINE Vec<float> load_partial<float, float16>(const float16* p, int64_t count) {
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1u), p));
+}
+template <>
+DYNCONV_INLINE void store_partial<float, float16>(float16* p, Vec<float> v, int64_t count) {
+  _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1u),
+                           _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+}
 #endif
 
 // Largest whole number not above, for |v| < 2^31.
@@ -131,4 +152,41 @@ DYNCONV_INLINE void transpose_block(Vec<acc_t>* rows) {
       rows[i + s] = __builtin_shuffle(a, b, high);
     }
   }
+}
+
+// to[j * to_stride + i] = from[i * from_stride + j], converting, for i < rows and j < columns, each at most lanes.
+template <class acc_t, class from_t, class to_t>
+DYNCONV_INLINE void transpose_piece(const from_t* from, int64_t from_stride, to_t* to, int64_t to_stride, int64_t rows,
+                                    int64_t columns) {
+  constexpr int64_t lanes = Simd<acc_t>::lanes;
+  if (rows == lanes && columns == lanes) {
+    Vec<acc_t> block[lanes];
+#pragma GCC unroll 16
+    for (int64_t l = 0; l < lanes; ++l) block[l] = load(from + l * from_stride);
+    transpose_block<acc_t>(block);
+#pragma GCC unroll 16
+    for (int64_t l = 0; l < lanes; ++l) store(to + l * to_stride, block[l]);
+    return;
+  }
+  Vec<acc_t> block[lanes] = {};
+  for (int64_t l = 0; l < rows; ++l)
+    block[l] = columns == lanes ? load(from + l * from_stride) : load_partial<acc_t>(from + l * from_stride, columns);
+  transpose_block<acc_t>(block);
+  for (int64_t l = 0; l < columns; ++l) {
+    if (rows == lanes) store(to + l * to_stride, block[l]);
+    else store_partial<acc_t>(to + l * to_stride, block[l], rows);
+  }
+}
+
+// The same for any rows and columns, converting through acc_t. DOWN goes down the rows first: the order in which a
+// channels-first image, on either side, is passed in streams.
+template <bool DOWN, class acc_t, class from_t, class to_t>
+void transpose(const from_t* from, int64_t from_stride, to_t* to, int64_t to_stride, int64_t rows, int64_t columns) {
+  constexpr int64_t lanes = Simd<acc_t>::lanes;
+  for (int64_t outer = 0; outer < (DOWN ? columns : rows); outer += lanes)
+    for (int64_t inner = 0; inner < (DOWN ? rows : columns); inner += lanes) {
+      const int64_t i = DOWN ? inner : outer, j = DOWN ? outer : inner;
+      transpose_piece<acc_t>(from + i * from_stride + j, from_stride, to + j * to_stride + i, to_stride,
+                             rows - i < lanes ? rows - i : lanes, columns - j < lanes ? columns - j : lanes);
+    }
 }

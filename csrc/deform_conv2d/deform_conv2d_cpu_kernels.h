@@ -241,37 +241,6 @@ void depthwise_backward_tile(int64_t count, int64_t taps, int64_t channels, cons
       }
 }
 
-// to[j * to_stride + i] = from[i * from_stride + j] for i < rows, j < columns, at most lanes of each.
-template <class acc_t, class from_t, class to_t>
-DYNCONV_INLINE void transpose_piece(const from_t* from, int64_t from_stride, to_t* to, int64_t to_stride, int64_t rows,
-                                    int64_t columns) {
-  constexpr int64_t lanes = Simd<acc_t>::lanes;
-  if (rows == lanes && columns == lanes) {
-    Vec<acc_t> block[lanes];
-#pragma GCC unroll 16
-    for (int64_t l = 0; l < lanes; ++l) block[l] = load(from + l * from_stride);
-    transpose_block<acc_t>(block);
-#pragma GCC unroll 16
-    for (int64_t l = 0; l < lanes; ++l) store(to + l * to_stride, block[l]);
-    return;
-  }
-  for (int64_t j = 0; j < columns; ++j)
-    for (int64_t i = 0; i < rows; ++i) convert(from[i * from_stride + j], to + j * to_stride + i);
-}
-
-// The same for any rows and columns, converting through acc_t. DOWN goes down the rows first: the order in which a
-// channels-first image, on either side, is passed in streams.
-template <bool DOWN, class acc_t, class from_t, class to_t>
-void transpose(const from_t* from, int64_t from_stride, to_t* to, int64_t to_stride, int64_t rows, int64_t columns) {
-  constexpr int64_t lanes = Simd<acc_t>::lanes;
-  for (int64_t outer = 0; outer < (DOWN ? columns : rows); outer += lanes)
-    for (int64_t inner = 0; inner < (DOWN ? rows : columns); inner += lanes) {
-      const int64_t i = DOWN ? inner : outer, j = DOWN ? outer : inner;
-      transpose_piece<acc_t>(from + i * from_stride + j, from_stride, to + j * to_stride + i, to_stride,
-                             rows - i < lanes ? rows - i : lanes, columns - j < lanes ? columns - j : lanes);
-    }
-}
-
 template <class storage_t, class acc_t, class gemm_t>
 DeformKernels<storage_t, acc_t, gemm_t> deform_kernels() {
   DeformKernels<storage_t, acc_t, gemm_t> k;

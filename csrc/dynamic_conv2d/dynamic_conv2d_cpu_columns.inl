@@ -1,10 +1,25 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Loops of dynamic_conv2d that lay images out for the matrix product, and its results back. Included after simd.inl.
 
+// Fewer channels side by side are not worth a block's turning over.
+constexpr int64_t kTransposedChannels = 4;
+
 // Rows [begin, end) of a run of an image's channels into a padded copy; rows outside the image are zero, and the
 // padding left and right stays as it is.
 template <class storage_t, class acc_t>
 void pack_rows(const ImageChunk<storage_t>& x, int64_t begin, int64_t end, acc_t* padded) {
+  if (x.channel_stride == 1 && x.channels >= kTransposedChannels) {
+    for (int64_t y = begin; y < end; ++y, padded += x.padded_row) {
+      acc_t* row = padded + x.padding_width;
+      if (y >= 0 && y < x.height)
+        transpose<false, acc_t>(x.data + y * x.width * x.pixel_stride, x.pixel_stride, row, x.padded_channel, x.width,
+                         x.channels);
+      else
+        for (int64_t c = 0; c < x.channels; ++c)
+          for (int64_t i = 0; i < x.width; ++i) row[c * x.padded_channel + i] = 0;
+    }
+    return;
+  }
   for (int64_t c = 0; c < x.channels; ++c) {
     acc_t* to = padded + c * x.padded_channel;
     const storage_t* from = x.data + c * x.channel_stride;
@@ -26,6 +41,12 @@ void pack_rows(const ImageChunk<storage_t>& x, int64_t begin, int64_t end, acc_t
 // The inner part of a padded gradient to the tensor.
 template <class storage_t, class acc_t>
 void unpack_rows(const acc_t* padded, int64_t padding_height, const ImageChunk<storage_t>& x) {
+  if (x.channel_stride == 1 && x.channels >= kTransposedChannels) {
+    for (int64_t y = 0; y < x.height; ++y)
+      transpose<true, acc_t>(padded + (padding_height + y) * x.padded_row + x.padding_width, x.padded_channel,
+                       const_cast<storage_t*>(x.data) + y * x.width * x.pixel_stride, x.pixel_stride, x.channels, x.width);
+    return;
+  }
   for (int64_t c = 0; c < x.channels; ++c) {
     const acc_t* from = padded + c * x.padded_channel + padding_height * x.padded_row + x.padding_width;
     storage_t* to = const_cast<storage_t*>(x.data) + c * x.channel_stride;
@@ -135,40 +156,36 @@ void add_columns(const acc_t* columns, const ColumnPlan& plan, acc_t* padded) {
   }
 }
 
-template <class tile_t, class storage_t>
-DYNCONV_INLINE tile_t tile_value(storage_t value) {
-  if constexpr (sizeof(tile_t) == 2) return value;  // bfloat16 both
-  else return to_acc(value);
+// to[i] = from[i] for i < count, converting.
+template <class acc_t, class from_t, class to_t>
+DYNCONV_INLINE void copy_row(const from_t* from, to_t* to, int64_t count) {
+  constexpr int64_t lanes = Simd<acc_t>::lanes;
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) store(to + i, load(from + i));
+  if (i < count) store_partial<acc_t>(to + i, load_partial<acc_t>(from + i, count - i), count - i);
 }
 
-// panels[panel][row][pixel of the panel] of rows that are row_stride and pixels that are pixel_stride apart, zero behind
-// the last pixel.
-template <class storage_t, class tile_t>
+// panels[panel][row][pixel of the panel] of rows that are row_stride and pixels that are pixel_stride apart, one of
+// which is 1; zero behind the last pixel.
+template <class acc_t, class storage_t, class tile_t>
 void make_panels(const storage_t* from, int64_t row_stride, int64_t pixel_stride, int64_t rows, int64_t pixels,
                  int64_t panel, tile_t* panels) {
   for (int64_t begin = 0; begin < pixels; begin += panel) {
     const int64_t count = pixels - begin < panel ? pixels - begin : panel;
+    const storage_t* source = from + begin * pixel_stride;
+    tile_t* to = panels + begin * rows;
+    if (pixel_stride != 1) transpose<true, acc_t>(source, pixel_stride, to, panel, count, rows);
     for (int64_t row = 0; row < rows; ++row) {
-      const storage_t* source = from + row * row_stride + begin * pixel_stride;
-      tile_t* to = panels + begin * rows + row * panel;
-      if (pixel_stride == 1)
-        for (int64_t i = 0; i < count; ++i) to[i] = tile_value<tile_t>(source[i]);
-      else
-        for (int64_t i = 0; i < count; ++i) to[i] = tile_value<tile_t>(source[i * pixel_stride]);
-      for (int64_t i = count; i < panel; ++i) to[i] = tile_t{};
+      if (pixel_stride == 1) copy_row<acc_t>(source + row * row_stride, to + row * panel, count);
+      for (int64_t i = count; i < panel; ++i) to[row * panel + i] = tile_t{};
     }
   }
 }
 
-// to[i * to_row + j * to_column] = from[i * from_row + j], converting.
+// to[i * to_row + j * to_column] = from[i * from_row + j], converting; one of to_row and to_column is 1.
 template <class acc_t, class storage_t>
 void write_rows(const acc_t* from, int64_t from_row, storage_t* to, int64_t to_row, int64_t to_column, int64_t rows,
                 int64_t columns) {
-  if (to_column == 1) {
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < columns; ++j) convert(from[i * from_row + j], to + i * to_row + j);
-  } else {
-    for (int64_t j = 0; j < columns; ++j)
-      for (int64_t i = 0; i < rows; ++i) convert(from[i * from_row + j], to + i * to_row + j * to_column);
-  }
+  if (to_column != 1) return transpose<false, acc_t>(from, from_row, to, to_column, rows, columns);
+  for (int64_t i = 0; i < rows; ++i) copy_row<acc_t>(from + i * from_row, to + i * to_row, columns);
 }

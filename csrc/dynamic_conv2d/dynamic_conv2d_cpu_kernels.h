@@ -36,7 +36,7 @@ DynamicTileKernels<storage_t, acc_t, tile_t> dynamic_tile_kernels() {
   k.pack_rows = &pack_rows<storage_t, acc_t>;
   k.unpack_rows = &unpack_rows<storage_t, acc_t>;
   k.add_columns = &add_columns<acc_t>;
-  k.make_panels = &make_panels<storage_t, tile_t>;
+  k.make_panels = &make_panels<acc_t, storage_t, tile_t>;
   k.write_rows = &write_rows<acc_t, storage_t>;
   k.from_acc = &convert_row<acc_t, storage_t>;
   if constexpr (std::is_same_v<tile_t, acc_t>) {

@@ -129,9 +129,9 @@ class DynamicTiles {
     torch::stable::parallel_for(0, others * range_count, 1, [&](int64_t begin, int64_t end) {
       ForwardScratch scratch(*this, range);
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = i % range_count * range, rest = i / range_count;
-        forward_tile(scratch, rest / p.groups / s.tiles, rest / p.groups % s.tiles, rest % p.groups, first,
-                     std::min(range, p.group_out_channels() - first));
+        const int64_t kernels = i / s.tiles, first = kernels % range_count * range, rest = kernels / range_count;
+        forward_tile(scratch, rest / p.groups, i % s.tiles, rest % p.groups, first,
+                     std::min(range, p.group_out_channels() - first), i == begin || i % s.tiles == 0);
       }
     });
   }
@@ -218,6 +218,9 @@ class DynamicTiles {
   // Results go to the tensor itself where it is of the sums' type and layout.
   bool direct() const { return std::is_same_v<storage_t, acc_t> && !p.channels_last; }
 
+  // Whether the mixed kernels stay for the next tile: those of a sample with several tiles, if they are in one chunk.
+  bool keep_mixed() const { return s.tiles > 1 && s.chunks == 1; }
+
   struct NoUnit {};
   using Unit = std::conditional_t<kPairs<tile_t>, PairUnit, NoUnit>;
 
@@ -231,14 +234,16 @@ class DynamicTiles {
         : image(call.image_size()),
           sums(call.direct() ? 0 : call.s.samples * round_up(range, call.s.row_step) * call.s.tile_pixels),
           columns(call.s.samples * call.s.padded_rows * call.s.tile_pixels),
-          kernels(call.s.samples * call.s.tile_kernels),
+          kernels(call.s.samples * call.s.tile_kernels *
+                  (call.keep_mixed() ? blocks_of(range, call.s.tile_channels) : 1)),
           pixel_offset(call.s.tile_pixels) {
       image.zero();
     }
   };
 
-  // Output channels [first_out, first_out + outs) of a group, for a tile.
-  void forward_tile(ForwardScratch& x, int64_t block, int64_t tile, int64_t group, int64_t first_out, int64_t outs) {
+  // Output channels [first_out, first_out + outs) of a group, for a tile; first: of these kernels.
+  void forward_tile(ForwardScratch& x, int64_t block, int64_t tile, int64_t group, int64_t first_out, int64_t outs,
+                    bool first) {
     const int64_t n0 = block * s.samples, samples = std::min(s.samples, p.batch - n0);
     const int64_t begin = tile * s.tile_pixels, count = std::min(s.tile_pixels, p.out_pixels() - begin);
     const int64_t taps = p.taps(), o0 = group * p.group_out_channels() + first_out;
@@ -258,9 +263,12 @@ class DynamicTiles {
       }
       for (int64_t o = 0; o < outs; o += s.tile_channels) {
         const int64_t tile_outs = std::min(s.tile_channels, outs - o);
-        k.mix(bank_block(o0 + o, tile_outs, c0, rows), mix_ + n0 * p.bank.num_kernels, samples, x.kernels.data(),
-              s.tile_kernels, s.kernel_row);
-        if (depth > rows) clear_tails(x.kernels.data(), samples, tile_outs, rows, depth);
+        tile_t* kernels = x.kernels.data() + (keep_mixed() ? o / s.tile_channels * s.tile_kernels : 0);
+        if (first || !keep_mixed()) {
+          k.mix(bank_block(o0 + o, tile_outs, c0, rows), mix_ + n0 * p.bank.num_kernels, samples, kernels,
+                s.tile_kernels, s.kernel_row);
+          if (depth > rows) clear_tails(kernels, samples, tile_outs, rows, depth);
+        }
         for (int64_t i = 0; i < samples; ++i) {
           acc_t* c;
           int64_t c_row;
@@ -272,7 +280,7 @@ class DynamicTiles {
             c_row = used;
           }
           const acc_t* start = c0 == 0 && t.bias ? bias_.data() + (n0 + i) * p.out_channels + o0 + o : nullptr;
-          k.matmul({tile_outs, count, depth, x.kernels.data() + i * s.tile_kernels, s.kernel_row, 1,
+          k.matmul({tile_outs, count, depth, kernels + i * s.tile_kernels, s.kernel_row, 1,
                     x.columns.data() + i * used * depth, s.panel, s.panel * depth, true, c, c_row, c0 > 0, start});
         }
       }
