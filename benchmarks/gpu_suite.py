@@ -53,10 +53,7 @@ OURS = ("ours", "ours_channels_last")
 
 @dataclass(frozen=True)
 class Case:
-    """A shape; kernel 3, padding 1; deform_conv2d with a mask and one offset group, dynamic_conv2d with 4 kernels.
-
-    groups are deform_conv2d's alone.
-    """
+    """A shape; kernel 3, padding 1; deform_conv2d with a mask and one offset group, dynamic_conv2d with 4 kernels."""
 
     op: str
     name: str
@@ -98,6 +95,7 @@ CASES = [
     Case("dynamic_conv2d", "stage 2", 64, 128, 31, 31, 128, ("bfloat16", "float32-tf32")),
     Case("dynamic_conv2d", "stage 3", 64, 256, 16, 16, 256, ("bfloat16", "float32-tf32", "float32", "float16")),
     Case("dynamic_conv2d", "stage 4", 64, 512, 8, 8, 512, ("bfloat16", "float32-tf32")),
+    Case("dynamic_conv2d", "depthwise", 64, 256, 31, 31, 256, ("bfloat16", "float32"), 256),
     Case("dynamic_conv2d", "small", 4, 32, 17, 17, 32, ("float64",)),
 ]
 SMOKE_CASES = [
@@ -177,13 +175,14 @@ def dynamic_values(case: Case, kind: torch.dtype, device: Device, seed: int) -> 
     """input, weight, attention, bias, gradient of the output; attention float32 beside 16-bit types."""
     random = torch.Generator(device.name).manual_seed(seed)
     pixels, kernels = (case.height, case.width), bench_dynamic.KERNELS
+    channels = case.channels // case.groups
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random, device=device.name)
 
     return [
         normal(case.batch, case.channels, *pixels).to(kind),
-        (normal(kernels, case.out_channels, case.channels, 3, 3) / (9 * case.channels) ** 0.5).to(kind),
+        (normal(kernels, case.out_channels, channels, 3, 3) / (9 * channels) ** 0.5).to(kind),
         normal(case.batch, kernels).to(torch.float64 if kind == torch.float64 else torch.float32),
         normal(kernels, case.out_channels).to(kind),
         normal(case.batch, case.out_channels, *pixels).to(kind),
@@ -220,8 +219,9 @@ def contenders(case: Case, dtype: str, direction: str, device: Device, with_ours
             "conv2d": (bench_dynamic.plain, [bench_dynamic.static(v) for v in values]),
             "conv2d_channels_last": (bench_dynamic.plain, [bench_dynamic.static(v) for v in last]),
             "grouped": (bench_dynamic.grouped, values),
-            "wide": (wide, values),
         }
+        if case.groups == 1:
+            named["wide"] = (wide, values)
     return {
         name: [make(function, v) for v in sets_of_values]
         for name, (function, sets_of_values) in named.items()
