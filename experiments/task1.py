@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 
 from dynconv_vision.data.derived import channel_sets
-from dynconv_vision.training.study import STRONG_RECIPE, Network, Preset, Study, main
+from dynconv_vision.training.study import SHORT_RECIPE, STRONG_RECIPE, Network, Preset, Study, main
 
 RGB = ("R", "G", "B")
 # Luminance gradients, and a near-duplicate of red: see dynconv_vision.data.derived.
@@ -107,6 +107,7 @@ STUDY = Study(
             train=PAPER | {"epochs": 30, "early_stop_patience": 6},
         ),
         "strong": Preset(models=tuple(STEMS), image_size=64, train=STRONG_RECIPE),
+        "short": Preset(models=tuple(STEMS), image_size=64, train=SHORT_RECIPE),
         # The whole protocol on a CPU: minutes a network, at a fiftieth of the operations.
         "reduced": Preset(
             models=tuple(STEMS),

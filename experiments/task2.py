@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import sys
 
-from dynconv_vision.training.study import STRONG_RECIPE, Network, Preset, Study, main
+from dynconv_vision.training.study import SHORT_RECIPE, STRONG_RECIPE, Network, Preset, Study, main
 
 FEW = ("task2_published", "four_conv", "resnet34")
 REPORTED = ("task2_published", "resnet34")
 STRONG = STRONG_RECIPE | {"mix": "both", "mix_share": 0.5}
 # For machines on which 30 epochs take too long: so few need less against overfitting.
-SHORT = STRONG | {"epochs": 8, "warmup_epochs": 0.8, "augment": "light", "mix": "none"}
 
 
 def ours(**options: object) -> Network:
@@ -83,7 +82,7 @@ STUDY = Study(
             train={"epochs": 30, "batch_size": 32, "learning_rate": 1e-3},
         ),
         "strong": Preset(models=tuple(MAIN), image_size=64, train=STRONG),
-        "short": Preset(models=tuple(MAIN), image_size=64, train=SHORT),
+        "short": Preset(models=tuple(MAIN), image_size=64, train=SHORT_RECIPE),
         "smoke": Preset(
             models=FEW,
             image_size=32,

@@ -56,6 +56,8 @@ STRONG_RECIPE: Mapping[str, Any] = {
     "augment": "strong",
     "ema_decay": 0.998,
 }
+#: What becomes of it where there is time for few epochs: less to be learned from, sooner.
+SHORT_RECIPE: Mapping[str, Any] = {**STRONG_RECIPE, "epochs": 8, "warmup_epochs": 0.8, "augment": "light"}
 
 
 @dataclass(frozen=True)
