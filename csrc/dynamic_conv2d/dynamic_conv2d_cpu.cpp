@@ -9,6 +9,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <string>
 #include <tuple>
@@ -155,6 +156,40 @@ Tensor dynamic_conv2d_cpu(const Tensor& input, const Tensor& weight, const Tenso
   return out;
 }
 
+// At stride 1 the gradient of input is itself a dynamic convolution, of grad_out with the kernels turned round: as tiles
+// it needs no sums over overlapping columns. This is its geometry.
+DynamicConv2dParams grad_input_params(const DynamicConv2dParams& p) {
+  DynamicConv2dParams q = p;
+  q.channels = p.out_channels, q.height = p.out_height, q.width = p.out_width;
+  q.out_channels = p.channels, q.out_height = p.height, q.out_width = p.width;
+  q.padding_height = p.dilation_height * (p.kernel_height - 1) - p.padding_height;
+  q.padding_width = p.dilation_width * (p.kernel_width - 1) - p.padding_width;
+  q.bank.out_channels = p.channels, q.bank.row = p.group_out_channels() * p.taps();
+  return q;
+}
+
+// Whether it is that, and is worth turning the bank round.
+bool grad_input_is_convolution(const DynamicConv2dParams& p, const DynamicConv2dParams& q) {
+  return p.stride_height == 1 && p.stride_width == 1 && q.padding_height >= 0 && q.padding_width >= 0 && tiles_fit(q) &&
+         p.bank.num_kernels * p.group_out_channels() <= p.batch * p.out_pixels();
+}
+
+// (K, O, C / G, kH, kW) -> (K, C, O / G, kH, kW), taps in reverse order.
+template <class S>
+Buffer<S> turned_bank(const DynamicConv2dParams& p, const S* weight) {
+  const int64_t taps = p.taps(), channels = p.group_channels(), outs = p.group_out_channels();
+  Buffer<S> turned(p.bank.num_kernels * p.bank.kernel_size());
+  torch::stable::parallel_for(0, p.bank.num_kernels * p.channels, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t kernel = i / p.channels, group = i % p.channels / channels, channel = i % channels;
+      const S* from = weight + ((kernel * p.out_channels + group * outs) * channels + channel) * taps;
+      S* to = turned.data() + i * outs * taps;
+      for (int64_t o = 0; o < outs; ++o, from += channels * taps, to += taps) std::reverse_copy(from, from + taps, to);
+    }
+  });
+  return turned;
+}
+
 // (N, O): sums of grad_out over pixels.
 template <class S, class A>
 Buffer<A> pixel_sums(const DynamicConv2dParams& p, const DynamicTensors<S>& t) {
@@ -196,9 +231,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dynamic_conv2d_backward_cpu(
                                     grad_channels_last};
     Buffer<A> grad_mix(want_attention ? p.batch * p.bank.num_kernels : 0);
     grad_mix.zero();
-    const DynamicGradients<S, A> wanted{mutable_data<S>(grads.input), mutable_data<S>(grads.weight),
-                                        mutable_data<S>(grads.bias), grad_mix.data()};
+    DynamicGradients<S, A> wanted{mutable_data<S>(grads.input), mutable_data<S>(grads.weight),
+                                  mutable_data<S>(grads.bias), grad_mix.data()};
     const Way way = way_of(p);
+    const DynamicConv2dParams q = grad_input_params(p);
+    if (wanted.input && way == Way::tiles && grad_input_is_convolution(p, q)) {
+      const Tensor image = with_layout(g, p.channels_last);
+      const Buffer<S> turned = turned_bank(p, const_data<S>(w));
+      const DynamicTensors<S> convolved{const_data<S>(image), turned.data(), nullptr, nullptr, false};
+      with_tiles<S, A>(q, convolved, mix.data(), [&](auto tiles) { tiles.forward(wanted.input); });
+      wanted.input = nullptr;
+    }
     if (way == Way::depthwise) DynamicDepthwise<S, A>(p, tensors, mix.data()).backward(wanted);
     else if (way == Way::tiles) with_tiles<S, A>(p, tensors, mix.data(), [&](auto tiles) { tiles.backward(wanted); });
     else DynamicSamples<S, A, P>(p, tensors, mix.data()).backward(wanted);
