@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 row = kernels["alone" if len(names) == 1 else whole]
                 row |= {name: np.array(weight[:, place]) for place, name in enumerate(names)}
         options.output.mkdir(parents=True, exist_ok=True)
-        draw_kernels(options.output / "kernels.png", kernels, f"{card.model}: effective kernels (imputation or scale, and gain, included)")
+        draw_kernels(options.output / "kernels.png", kernels, f"{card.model}: effective kernels")
         draw_attention(options.output / "attention.png", mixtures, f"{card.model}: attention over {len(split)} images")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
