@@ -133,7 +133,7 @@ def create_model(
     num_classes = 50 if num_classes is None else num_classes
     image_size = 64 if image_size is None else image_size
     for argument, value in (("num_classes", num_classes), ("image_size", image_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not is_positive_integer(value):
             raise ValueError(f"{argument}: got {value!r}, expected a positive integer")
     builder = _MODELS[name].builder
     accepted = [key for key in inspect.signature(builder).parameters if key not in ("num_classes", "image_size")]
@@ -149,6 +149,11 @@ def create_model(
         except RuntimeError as error:
             raise ValueError(f"pretrained: the weights of {name!r} do not fit: {error}") from None
     return model
+
+
+def is_positive_integer(value: object) -> bool:
+    """Whether a number of something can be that; True and False count as no numbers."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _pretrained(name: str, source: bool | str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -10,14 +10,18 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from .channels import RGB, ChannelNorm, StaticChannelConv
-from .registry import register_model
+from .registry import is_positive_integer, register_model
 from .variable_input_conv import VariableInputConv
 
 
 def small_stem(width: int = 64) -> nn.Conv2d:
     """The source report's stem of Task I: 3x3, stride 1, padding 1. Batch norm, ReLU and max-pooling 3/2/1 follow."""
-    conv = nn.Conv2d(3, width, kernel_size=3, padding=1, bias=False)
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as torchvision draws its own
+    return _drawn(nn.Conv2d(3, width, kernel_size=3, padding=1, bias=False))
+
+
+def _drawn(conv: nn.Conv2d) -> nn.Conv2d:
+    """The convolution, its kernels as torchvision draws those of its own stem."""
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv
 
 
@@ -27,14 +31,10 @@ def check_sizes(layers: Sequence[int], width: int) -> None:
     Raises:
         ValueError: If layers are not four positive integers, or width is no positive integer.
     """
-    if len(layers) != 4 or not all(_is_positive_integer(each) for each in layers):
+    if len(layers) != 4 or not all(is_positive_integer(each) for each in layers):
         raise ValueError(f"layers: got {layers!r}, expected four positive integers")
-    if not _is_positive_integer(width):
+    if not is_positive_integer(width):
         raise ValueError(f"width: got {width!r}, expected a positive integer")
-
-
-def _is_positive_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 class BasicResNet(ResNet):
@@ -69,8 +69,7 @@ class BasicResNet(ResNet):
             self.bn1 = nn.BatchNorm2d(width)
             self.fc = nn.Linear(8 * width, num_classes)
             if stem == "torchvision":
-                conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
-                nn.init.kaiming_normal_(conv1.weight, mode="fan_out", nonlinearity="relu")
+                conv1 = _drawn(nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False))
         if isinstance(conv1, nn.Module):
             self.conv1 = conv1
 
@@ -215,8 +214,7 @@ def static_resnet18(
     Source: the stem of Bao et al., Channel Vision Transformers, ICLR 2024, table 2, in a ResNet.
     """
     check_sizes(layers, width)
-    stem = StaticChannelConv(width, 3, padding=1, bias=False, channels=channels, rescale=rescale)
-    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # as torchvision draws its own
+    stem = _drawn(StaticChannelConv(width, 3, padding=1, bias=False, channels=channels, rescale=rescale))
     return VariableChannelResNet(num_classes, stem, ChannelNorm(channels), layers, width)
 
 

@@ -598,7 +598,10 @@ def imputation_shares(correlation: Tensor, sets: Tensor, places: Sequence[int], 
         groups: (C,), a number a known channel: different ones are not imputed from each other; None: no groups.
 
     Returns:
-        (S, C, M), zero in the columns of absent channels and in the rows of present ones.
+        (S, C, M), zero in the columns of absent channels and in the rows of present ones. Nothing is checked:
+        :meth:`VariableInputConv.set_correlation` has seen the correlations.
+
+    Source: Little and Rubin, Statistical Analysis with Missing Data, chapter 11: the conditional mean.
     """
     count = len(correlation)
     among = correlation if correlation.dtype == torch.float64 else correlation.float()
