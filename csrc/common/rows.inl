@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Loops over runs of elements: included after simd.inl.
 
-// to[i] = from[i], converting.
-template <class from_t, class to_t>
+// to[i] = from[i], converting through acc_t.
+template <class acc_t, class from_t, class to_t>
 void convert_row(const from_t* from, to_t* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) convert(from[i], to + i);
+  constexpr int64_t lanes = Simd<acc_t>::lanes;
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) store(to + i, load(from + i));
+  if (i < count) store_partial<acc_t>(to + i, load_partial<acc_t>(from + i, count - i), count - i);
 }
 
 // to[i] += from[i]

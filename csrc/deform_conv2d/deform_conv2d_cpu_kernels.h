@@ -256,8 +256,8 @@ DeformKernels<storage_t, acc_t, gemm_t> deform_kernels() {
   k.pack_weight = &transpose<false, acc_t, storage_t, gemm_t>;
   k.unpack_image = &transpose<true, acc_t, acc_t, storage_t>;
   k.pack_grad_out = &transpose<false, acc_t, storage_t, acc_t>;
-  k.to_storage = &convert_row<acc_t, storage_t>;
-  k.to_acc = &convert_row<storage_t, acc_t>;
+  k.to_storage = &convert_row<acc_t, acc_t, storage_t>;
+  k.to_acc = &convert_row<acc_t, storage_t, acc_t>;
   k.add_row = &add_row<gemm_t, acc_t>;
   k.add_acc_row = &add_row<acc_t, acc_t>;
   k.add_storage_row = &add_row<storage_t, acc_t>;

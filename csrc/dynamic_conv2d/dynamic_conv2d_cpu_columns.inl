@@ -156,15 +156,6 @@ void add_columns(const acc_t* columns, const ColumnPlan& plan, acc_t* padded) {
   }
 }
 
-// to[i] = from[i] for i < count, converting.
-template <class acc_t, class from_t, class to_t>
-DYNCONV_INLINE void copy_row(const from_t* from, to_t* to, int64_t count) {
-  constexpr int64_t lanes = Simd<acc_t>::lanes;
-  int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) store(to + i, load(from + i));
-  if (i < count) store_partial<acc_t>(to + i, load_partial<acc_t>(from + i, count - i), count - i);
-}
-
 // panels[panel][row][pixel of the panel] of rows that are row_stride and pixels that are pixel_stride apart, one of
 // which is 1; zero behind the last pixel.
 template <class acc_t, class storage_t, class tile_t>
@@ -176,7 +167,7 @@ void make_panels(const storage_t* from, int64_t row_stride, int64_t pixel_stride
     tile_t* to = panels + begin * rows;
     if (pixel_stride != 1) transpose<true, acc_t>(source, pixel_stride, to, panel, count, rows);
     for (int64_t row = 0; row < rows; ++row) {
-      if (pixel_stride == 1) copy_row<acc_t>(source + row * row_stride, to + row * panel, count);
+      if (pixel_stride == 1) convert_row<acc_t>(source + row * row_stride, to + row * panel, count);
       for (int64_t i = count; i < panel; ++i) to[row * panel + i] = tile_t{};
     }
   }
@@ -187,5 +178,5 @@ template <class acc_t, class storage_t>
 void write_rows(const acc_t* from, int64_t from_row, storage_t* to, int64_t to_row, int64_t to_column, int64_t rows,
                 int64_t columns) {
   if (to_column != 1) return transpose<false, acc_t>(from, from_row, to, to_column, rows, columns);
-  for (int64_t i = 0; i < rows; ++i) copy_row<acc_t>(from + i * from_row, to + i * to_row, columns);
+  for (int64_t i = 0; i < rows; ++i) convert_row<acc_t>(from + i * from_row, to + i * to_row, columns);
 }

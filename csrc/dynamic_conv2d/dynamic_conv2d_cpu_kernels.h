@@ -18,9 +18,9 @@ DynamicKernels<storage_t, acc_t, product_t> dynamic_kernels() {
   k.mix = &mix<storage_t, acc_t, product_t>;
   k.unmix = &unmix<storage_t, acc_t, product_t>;
   k.add_lanes = &add_lanes<acc_t>;
-  k.to_product = &convert_row<storage_t, product_t>;
-  k.from_product = &convert_row<product_t, storage_t>;
-  k.from_acc = &convert_row<acc_t, storage_t>;
+  k.to_product = &convert_row<acc_t, storage_t, product_t>;
+  k.from_product = &convert_row<acc_t, product_t, storage_t>;
+  k.from_acc = &convert_row<acc_t, acc_t, storage_t>;
   k.add_row = &add_row<storage_t, acc_t>;
   k.sum_row = &sum_row<storage_t, acc_t>;
   return k;
@@ -38,7 +38,7 @@ DynamicTileKernels<storage_t, acc_t, tile_t> dynamic_tile_kernels() {
   k.add_columns = &add_columns<acc_t>;
   k.make_panels = &make_panels<acc_t, storage_t, tile_t>;
   k.write_rows = &write_rows<acc_t, storage_t>;
-  k.from_acc = &convert_row<acc_t, storage_t>;
+  k.from_acc = &convert_row<acc_t, acc_t, storage_t>;
   if constexpr (std::is_same_v<tile_t, acc_t>) {
     k.matmul = &matmul<acc_t>;
     k.make_columns = &make_columns<acc_t>;
