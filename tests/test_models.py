@@ -362,6 +362,20 @@ def test_four_conv_classifies_statistics_of_its_last_maps() -> None:
     torch.testing.assert_close(network(x), network.fc(network.norm(wanted)))
 
 
+def test_variable_resnet18_comes_with_trained_weights() -> None:
+    """They take any channels; the correlations are those of photographs, the generated residual has left its zero."""
+    network = create_model("variable_resnet18", pretrained=True).eval()
+    assert network.fc.out_features == 50
+    x = torch.rand(2, 3, 64, 64)
+    for channels in (("R",), ("B", "G"), ("G", None, "R")):
+        logits = network(x[:, : len(channels)], channels)
+        assert logits.shape == (2, 50)
+        assert torch.isfinite(logits).all()
+    correlation = network.conv1.correlation
+    assert ((0.5 < correlation) & (correlation < 1))[~torch.eye(3, dtype=torch.bool)].all()
+    assert network.conv1.generator.fc2.weight.abs().mean() > 1e-3
+
+
 def test_four_conv_comes_with_trained_weights() -> None:
     """They take any size; on a picture, every layer's offsets have left their start at zero."""
     network = create_model("four_conv", pretrained=True).eval()
