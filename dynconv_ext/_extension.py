@@ -75,8 +75,8 @@ def build_info() -> dict[str, Any]:
         ``compiler``, ``torch_built_with``, ``torch_at_least``, ``torch_running``, ``cuda`` (version that the CUDA
         kernels were compiled with, None without them), ``cuda_archs`` (what for, as in TORCH_CUDA_ARCH_LIST; [] without
         them), ``cpu_level`` (baseline, avx2 or avx512; the environment variable DYNCONV_CPU_LEVEL lowers it),
-        ``cpu_bfloat16`` (none, avx512_bf16 or amx: what dynamic_conv2d multiplies bfloat16 with; the environment
-        variable DYNCONV_CPU_BFLOAT16 decides), ``native_bfloat16`` (whether torch multiplies it natively).
+        ``cpu_bfloat16`` (none, avx512_bf16 or amx: what multiplies bfloat16; the environment variable
+        DYNCONV_CPU_BFLOAT16 decides), ``native_bfloat16`` (whether torch multiplies it natively).
 
     Raises:
         ImportError: the compiled library is missing.

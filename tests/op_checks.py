@@ -243,3 +243,27 @@ for case in tests.CASES.values():
     path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "DYNCONV_CPU_LEVEL": level, "PYTHONPATH": path}
     subprocess.run([sys.executable, "-c", code, level, test_module], env=environment, check=True, timeout=300)
+
+
+def assert_passes_at_bfloat16_level(level: str, test_module: str) -> None:
+    """`check` of a test module on all its `CASES` in bfloat16, in a process of its own that multiplies it so."""
+    code = """
+import importlib, sys, torch
+import dynconv_ext, op_cases
+level, name = sys.argv[1:]
+try:
+    assert dynconv_ext.build_info()["cpu_bfloat16"] == level
+except RuntimeError as error:
+    sys.exit(str(error))
+tests = importlib.import_module(name)
+for case in tests.CASES.values():
+    for channels_last in (False, True):
+        tests.check(case, case.tensors(torch.bfloat16, channels_last), op_cases.TOLERANCE[torch.bfloat16])
+"""
+    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "DYNCONV_CPU_BFLOAT16": level, "PYTHONPATH": path}
+    command = [sys.executable, "-c", code, level, test_module]
+    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=300)
+    if f"DYNCONV_CPU_BFLOAT16: got {level}, which this CPU lacks" in done.stderr:
+        pytest.skip(f"this CPU lacks {level}")
+    assert done.returncode == 0, done.stderr

@@ -283,6 +283,27 @@ def test_other_cpu_levels(level):
     op_checks.assert_passes_at_cpu_level(level, "test_deform_conv2d")
 
 
+@pytest.mark.parametrize("level", ["none", "avx512_bf16", "amx"])
+def test_bfloat16_levels(level):
+    op_checks.assert_passes_at_bfloat16_level(level, "test_deform_conv2d")
+
+
+def test_bfloat16_groups_keep_infinity_to_themselves():
+    """Widths and outputs that fill no block of the matrix product: what stands behind them reaches no other group."""
+    x = torch.randn(2, 6, 9, 9, dtype=torch.bfloat16)
+    x[:, 0] = float("inf")
+    x.requires_grad_()
+    offset = torch.zeros(2, 18, 9, 9)
+    weight = torch.randn(10, 3, 3, 3, dtype=torch.bfloat16, requires_grad=True)
+    out = deform_conv2d(x, offset, weight, padding=1)
+    assert not torch.isfinite(out[:, :5]).any()
+    assert torch.isfinite(out[:, 5:]).all()
+    out.backward(torch.randn_like(out))
+    assert torch.isfinite(x.grad).all()
+    assert torch.isfinite(weight.grad[5:]).all()
+    assert torch.isfinite(weight.grad[:5, 1:]).all()
+
+
 # ------------------------------------------------------------------------------------------------------------ errors
 
 

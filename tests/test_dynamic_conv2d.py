@@ -361,26 +361,7 @@ def test_other_cpu_levels(level):
 
 @pytest.mark.parametrize("level", ["none", "avx512_bf16", "amx"])
 def test_bfloat16_levels(level):
-    code = """
-import sys, torch
-import test_dynamic_conv2d as t
-import dynconv_ext
-try:
-    assert dynconv_ext.build_info()["cpu_bfloat16"] == sys.argv[1]
-except RuntimeError as error:
-    sys.exit(str(error))
-for case in t.DYNAMIC_CASES:
-    for channels_last in (False, True):
-        t.check(case, case.tensors(torch.bfloat16, channels_last), t.TOLERANCE[torch.bfloat16])
-"""
-    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "DYNCONV_CPU_BFLOAT16": level, "PYTHONPATH": path}
-    done = subprocess.run(
-        [sys.executable, "-c", code, level], env=environment, stderr=subprocess.PIPE, text=True, timeout=300
-    )
-    if f"DYNCONV_CPU_BFLOAT16: got {level}, which this CPU lacks" in done.stderr:
-        pytest.skip(f"this CPU lacks {level}")
-    assert done.returncode == 0, done.stderr
+    op_checks.assert_passes_at_bfloat16_level(level, "test_dynamic_conv2d")
 
 
 def test_unknown_bfloat16_level():

@@ -3,16 +3,27 @@
 // threads even there, runs on one, and leaves parts of some weight gradients undone.
 #pragma once
 
-#include "common/gemm.h"
+#include "common/half_types.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 
 #include <array>
 #include <type_traits>
 #include <utility>
 
 namespace dynconv {
+
+template <class T>
+constexpr torch::headeronly::ScalarType scalar_type_of() {
+  using torch::headeronly::ScalarType;
+  if constexpr (std::is_same_v<T, float>) return ScalarType::Float;
+  else if constexpr (std::is_same_v<T, double>) return ScalarType::Double;
+  else if constexpr (std::is_same_v<T, bfloat16>) return ScalarType::BFloat16;
+  else return ScalarType::Half;
+}
 
 struct ConvolutionGeometry {
   std::array<int64_t, 2> stride, padding, dilation;

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "common/checks.h"
-#include "common/cpu_level.h"
 #include "common/half_types.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -25,15 +24,15 @@ struct TypeTag {
 };
 
 // Calls f with tags of storage_t (in the tensors), acc_t (computed in) and product_t (what a matrix product or a
-// convolution multiplies). 16-bit types multiply in float unless the CPU multiplies bfloat16 itself.
+// convolution multiplies). 16-bit types multiply in float, but bfloat16 as itself where that is wanted.
 template <class F>
-void dispatch_types(ScalarType type, F f) {
+void dispatch_types(ScalarType type, bool multiplies_bfloat16, F f) {
   switch (type) {
     case ScalarType::Float: return f(TypeTag<float>(), TypeTag<float>(), TypeTag<float>());
     case ScalarType::Double: return f(TypeTag<double>(), TypeTag<double>(), TypeTag<double>());
     case ScalarType::Half: return f(TypeTag<float16>(), TypeTag<float>(), TypeTag<float>());
     default:
-      if (has_native_bfloat16()) return f(TypeTag<bfloat16>(), TypeTag<float>(), TypeTag<bfloat16>());
+      if (multiplies_bfloat16) return f(TypeTag<bfloat16>(), TypeTag<float>(), TypeTag<bfloat16>());
       return f(TypeTag<bfloat16>(), TypeTag<float>(), TypeTag<float>());
   }
 }

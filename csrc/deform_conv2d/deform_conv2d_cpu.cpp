@@ -8,7 +8,6 @@
 #include "deform_conv2d/deform_conv2d_cpu_forward.h"
 #include "deform_conv2d/deform_conv2d_params.h"
 
-
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -23,6 +22,7 @@ template <class storage_t, class acc_t, class gemm_t>
 const DeformKernels<storage_t, acc_t, gemm_t>& kernels() {
   static const auto chosen = [] {
 #if defined(__x86_64__)
+    if constexpr (!std::is_same_v<gemm_t, acc_t>) return avx512_bf16::deform_kernels<storage_t, acc_t, gemm_t>();
     if (cpu_level() == CpuLevel::avx512) return avx512::deform_kernels<storage_t, acc_t, gemm_t>();
     if (cpu_level() == CpuLevel::avx2) return avx2::deform_kernels<storage_t, acc_t, gemm_t>();
 #endif
@@ -54,10 +54,10 @@ Tensor deform_conv2d_cpu(const Tensor& input, const Tensor& offset, const Tensor
   if (p.batch == 0) return out;
   const Tensor x = dense(input, p.channels_last), w = torch::stable::contiguous(weight);
   const std::optional<Tensor> b = dense(bias);
-  dispatch_types(input.scalar_type(), [&](auto storage, auto acc, auto product) {
+  dispatch_types(input.scalar_type(), bfloat16_level() != Bfloat16Level::none, [&](auto storage, auto acc, auto gemm) {
     using storage_t = typename decltype(storage)::type;
     using acc_t = typename decltype(acc)::type;
-    using gemm_t = typename decltype(product)::type;
+    using gemm_t = typename decltype(gemm)::type;
     deform::DeformForward<storage_t, acc_t, gemm_t> call(p, const_data<storage_t>(x),
                                                  reader<acc_t>(offset), reader<acc_t>(mask),
                                                  const_data<storage_t>(w));
@@ -78,10 +78,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward_cpu(
   const Tensor x = dense(input, p.channels_last), w = torch::stable::contiguous(weight);
   const bool grad_channels_last = is_channels_last(grad_out);
   const Tensor g = dense(grad_out, grad_channels_last);
-  dispatch_types(input.scalar_type(), [&](auto storage, auto acc, auto product) {
+  dispatch_types(input.scalar_type(), bfloat16_level() != Bfloat16Level::none, [&](auto storage, auto acc, auto gemm) {
     using storage_t = typename decltype(storage)::type;
     using acc_t = typename decltype(acc)::type;
-    using gemm_t = typename decltype(product)::type;
+    using gemm_t = typename decltype(gemm)::type;
     deform::DeformBackward<storage_t, acc_t, gemm_t> call(p, const_data<storage_t>(x),
                                                   reader<acc_t>(offset), reader<acc_t>(mask),
                                                   const_data<storage_t>(w));

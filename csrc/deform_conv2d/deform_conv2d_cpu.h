@@ -6,9 +6,9 @@
 #pragma once
 
 #include "common/buffer.h"
-#include "common/gemm.h"
 #include "common/half_types.h"
 #include "common/matmul.h"
+#include "common/matmul_bfloat16.h"
 #include "deform_conv2d/deform_conv2d.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -25,24 +25,37 @@ struct DeformImage {
   const storage_t* zero_row;  // C zeros
 };
 
-// storage_t is what the tensors hold, acc_t what is computed in, gemm_t what the matrix product multiplies.
+// A matrix in memory; one of the strides is 1.
+template <class T>
+struct Matrix {
+  T* data;
+  int64_t rows, columns, row_stride, column_stride;
+};
+
+// How a tile's columns lie: their groups, and the distances of pixels and of groups.
+struct ColumnLayout {
+  int64_t groups, row, group;
+};
+
+// storage_t is what the tensors hold, acc_t what is computed in, gemm_t what the matrix product multiplies: acc_t, or
+// bfloat16 where the CPU has instructions for that.
 template <class storage_t, class acc_t, class gemm_t>
 struct DeformKernels {
   int64_t scratch_bytes;  // a tap, for the two tile functions
   void (*sample_tile)(const DeformConv2dParams&, DeformImage<storage_t>, ScalarReader<acc_t> offset,
-                      ScalarReader<acc_t> mask, int64_t n, int64_t begin, int64_t count, int64_t column_groups,
+                      ScalarReader<acc_t> mask, int64_t n, int64_t begin, int64_t count, ColumnLayout layout,
                       void* scratch, gemm_t* columns);
   void (*scatter_tile)(const DeformConv2dParams&, DeformImage<storage_t>, ScalarReader<acc_t> offset,
-                       ScalarReader<acc_t> mask, int64_t n, int64_t begin, int64_t count, int64_t column_groups,
-                       void* scratch, const gemm_t* grad_columns, acc_t* grad_input, ScalarWriter<acc_t> grad_offset,
+                       ScalarReader<acc_t> mask, int64_t n, int64_t begin, int64_t count, ColumnLayout layout,
+                       void* scratch, const acc_t* grad_columns, acc_t* grad_input, ScalarWriter<acc_t> grad_offset,
                        ScalarWriter<acc_t> grad_mask);
   void (*depthwise_tile)(int64_t count, int64_t taps, int64_t channels, const gemm_t* columns, const acc_t* weight,
                          const acc_t* bias, acc_t* out);
   void (*depthwise_backward_tile)(int64_t count, int64_t taps, int64_t channels, const acc_t* grad_out,
-                                  const acc_t* weight, const gemm_t* columns, gemm_t* grad_columns,
+                                  const acc_t* weight, const gemm_t* columns, acc_t* grad_columns,
                                   acc_t* grad_weight);
-  void (*matmul)(const Matmul<acc_t>&);
-  void (*pack_panels)(const gemm_t*, int64_t step, int64_t column_step, int64_t depth, int64_t columns, acc_t* to);
+  void (*matmul)(const Matmul<gemm_t, acc_t>&);
+  void (*pack_panels)(const gemm_t*, int64_t step, int64_t column_step, int64_t depth, int64_t columns, gemm_t* to);
   int64_t panel;  // columns of a panel of matmul
   void (*pack_image)(const storage_t*, int64_t, storage_t*, int64_t, int64_t, int64_t);
   void (*pack_weight)(const storage_t*, int64_t, gemm_t*, int64_t, int64_t, int64_t);
@@ -50,7 +63,6 @@ struct DeformKernels {
   void (*pack_grad_out)(const storage_t*, int64_t, acc_t*, int64_t, int64_t, int64_t);
   void (*to_storage)(const acc_t*, storage_t*, int64_t);
   void (*to_acc)(const storage_t*, acc_t*, int64_t);
-  void (*add_row)(const gemm_t*, acc_t*, int64_t);
   void (*add_acc_row)(const acc_t*, acc_t*, int64_t);
   void (*add_storage_row)(const storage_t*, acc_t*, int64_t);
   acc_t (*sum_row)(const storage_t*, int64_t);
@@ -69,19 +81,22 @@ constexpr int64_t kPartialBytes = 512 * 1024 * 1024;
 template <class storage_t, class acc_t, class gemm_t>
 const DeformKernels<storage_t, acc_t, gemm_t>& kernels();
 
+inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
 // How one call is cut: chunks of images, tiles of pixels.
 struct Schedule {
   int64_t threads, chunk_images, tile_pixels, tiles;
 
-  Schedule(const DeformConv2dParams& p, int64_t storage_size, int64_t gemm_size) {
+  // row_unit: tiles are multiples of it.
+  Schedule(const DeformConv2dParams& p, int64_t storage_size, int64_t acc_size, int64_t row_unit) {
     threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-    const int64_t fit = kTileBytes / std::max<int64_t>(1, p.taps() * p.channels * gemm_size);
+    const int64_t fit = kTileBytes / std::max<int64_t>(1, p.taps() * p.channels * acc_size);
     tile_pixels = std::clamp<int64_t>(fit / 16 * 16, 32, 512);
     // Small maps: enough tiles for every thread, all of about the same size.
     const int64_t wanted = std::max<int64_t>((p.out_pixels() + tile_pixels - 1) / tile_pixels,
                                              std::min((threads + p.batch - 1) / std::max<int64_t>(1, p.batch),
                                                       (p.out_pixels() + 15) / 16));
-    tile_pixels = ((p.out_pixels() + wanted - 1) / wanted + 11) / 12 * 12;  // rows of the matrix product
+    tile_pixels = round_up((p.out_pixels() + wanted - 1) / wanted, row_unit);
     tiles = (p.out_pixels() + tile_pixels - 1) / tile_pixels;
     const int64_t image_bytes = p.in_pixels() * p.channels * storage_size;
     chunk_images = std::max<int64_t>(1, kChunkBytes / std::max<int64_t>(1, image_bytes));
@@ -96,22 +111,26 @@ inline bool is_depthwise(const DeformConv2dParams& p) { return p.groups == p.cha
 template <class storage_t, class acc_t, class gemm_t>
 class DeformCall {
  public:
-  // Types with matrix instructions of their own go to the library's product, the others to matmul.inl.
-  static constexpr bool own_product = std::is_same_v<gemm_t, acc_t>;
+  // Whether matmul_pairs multiplies, which wants whole blocks; else matmul.inl.
+  static constexpr bool pairs = !std::is_same_v<gemm_t, acc_t>;
+  static constexpr int64_t row_unit = pairs ? 2 * kPairRows : 12, depth_unit = pairs ? kPairDepth : 1;
+  static_assert(row_unit % depth_unit == 0 && depth_unit % kPairPanel * pairs == 0);
   using Kernels = DeformKernels<storage_t, acc_t, gemm_t>;
 
   DeformCall(const DeformConv2dParams& params, const storage_t* input, ScalarReader<acc_t> offset,
              ScalarReader<acc_t> mask, const storage_t* weight)
       : p(params),
         k(kernels<storage_t, acc_t, gemm_t>()),
-        schedule(params, sizeof(storage_t), sizeof(gemm_t)),
+        schedule(params, sizeof(storage_t), sizeof(acc_t), row_unit),
         depthwise(is_depthwise(params)),
-        column_groups(depthwise ? 1 : params.groups),
+        width(depthwise ? params.taps() * params.channels : round_up(params.taps() * params.group_channels(), depth_unit)),
+        outs(depthwise ? 1 : round_up(params.group_out_channels(), depth_unit)),
+        layout{depthwise ? 1 : params.groups, width, schedule.tile_pixels * width},
         input_(input),
         offset_(offset),
         mask_(mask),
         zero_row_(params.channels) {
-    static_assert(own_product || std::is_same_v<storage_t, gemm_t>);
+    static_assert(!pairs || std::is_same_v<storage_t, gemm_t>);
     zero_row_.zero();
     if (!p.channels_last) packed_ = Buffer<storage_t>(schedule.chunk_images * image_size());
     const int64_t taps = p.taps(), cg = p.group_channels();
@@ -128,7 +147,13 @@ class DeformCall {
   }
 
   int64_t image_size() const { return p.in_pixels() * p.channels; }
-  int64_t columns_size() const { return schedule.tile_pixels * p.taps() * p.channels; }
+  int64_t columns_size() const { return layout.groups * layout.group; }
+  // Columns of a tile, to be filled by sample(); what lies behind a pixel's columns stays zero.
+  Buffer<gemm_t> new_columns() const {
+    Buffer<gemm_t> columns(columns_size());
+    if (pairs) columns.zero();
+    return columns;
+  }
 
   // Makes images [first, first + count) readable through image().
   void begin_chunk(int64_t first, int64_t count) {
@@ -153,50 +178,45 @@ class DeformCall {
   int64_t scratch_size() const { return k.scratch_bytes * p.taps(); }
 
   void sample(int64_t n, int64_t begin, int64_t count, void* scratch, gemm_t* columns) const {
-    k.sample_tile(p, image(n), offset_, mask_, n, begin, count, column_groups, scratch, columns);
+    k.sample_tile(p, image(n), offset_, mask_, n, begin, count, layout, scratch, columns);
   }
 
   // Lays each group's weight out as panels of its transpose (taps * channels, output channels), or of itself.
   void make_panels(bool transposed) {
-    const int64_t rows = p.group_out_channels(), width = p.taps() * p.group_channels();
-    const int64_t depth = transposed ? width : rows, columns = transposed ? rows : width;
-    const int64_t panels = (columns + k.panel - 1) / k.panel;
-    group_panels_ = panels * depth * k.panel;
-    panels_ = Buffer<acc_t>(p.groups * group_panels_);
+    const int64_t rows = p.group_out_channels(), taken = p.taps() * p.group_channels();
+    const int64_t columns = transposed ? rows : taken, panels = (columns + k.panel - 1) / k.panel;
+    panel_size_ = (transposed ? width : outs) * k.panel;
+    group_panels_ = panels * panel_size_;
+    panels_ = Buffer<gemm_t>(p.groups * group_panels_);
     torch::stable::parallel_for(0, p.groups * panels, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = i % panels * k.panel;
-        const gemm_t* from = weight_.data() + i / panels * rows * width + first * (transposed ? width : 1);
-        k.pack_panels(from, transposed ? 1 : width, transposed ? width : 1, depth, std::min(k.panel, columns - first),
-                      panels_.data() + i * depth * k.panel);
+        const gemm_t* from = weight_.data() + i / panels * rows * taken + first * (transposed ? taken : 1);
+        k.pack_panels(from, transposed ? 1 : taken, transposed ? taken : 1, transposed ? taken : rows,
+                      std::min(k.panel, columns - first), panels_.data() + i * panel_size_);
       }
     });
   }
 
-  Matrix<const gemm_t> weight_of(int64_t group) const {
-    const int64_t rows = p.group_out_channels(), columns = p.taps() * p.group_channels();
-    return {weight_.data() + group * rows * columns, rows, columns, columns, 1};
-  }
-
-  template <class T>
-  Matrix<T> columns_of(T* columns, int64_t count, int64_t group) const {
-    const int64_t width = p.taps() * p.group_channels();
-    return {columns + group * count * width, count, width, width, 1};
-  }
+  struct NoUnit {};
+  // To be held by a thread while it multiplies.
+  using Unit = std::conditional_t<pairs, PairUnit, NoUnit>;
 
   const DeformConv2dParams& p;
   const Kernels& k;
   const Schedule schedule;
   const bool depthwise;
-  const int64_t column_groups;
+  const int64_t width, outs;  // columns of a pixel and outputs, of a group, rounded up for the product
+  const ColumnLayout layout;
 
  protected:
   const storage_t* input_;
   ScalarReader<acc_t> offset_, mask_;
   Buffer<storage_t> zero_row_, packed_;
   Buffer<gemm_t> weight_;
-  Buffer<acc_t> weight_acc_, panels_;
-  int64_t group_panels_ = 0;  // elements of a group's panels
+  Buffer<acc_t> weight_acc_;
+  Buffer<gemm_t> panels_;
+  int64_t panel_size_ = 0, group_panels_ = 0;  // elements of a panel, and of a group's panels
   int64_t chunk_first_ = 0;
 };
 

@@ -24,13 +24,13 @@ class DeformBackward : public DeformCall<storage_t, acc_t, gemm_t> {
   using Base = DeformCall<storage_t, acc_t, gemm_t>;
 
  public:
-  using Base::Base, Base::p, Base::k, Base::schedule;
+  using Base::Base, Base::p, Base::k, Base::schedule, Base::width, Base::outs;
 
   void run(const storage_t* grad_out, bool grad_out_channels_last, const DeformGradients<storage_t, acc_t>& wanted) {
     grad_out_ = grad_out;
     grad_out_channels_last_ = grad_out_channels_last;
     wanted_ = wanted;
-    if (Base::own_product && !this->depthwise && wanted.wants_columns_grad()) this->make_panels(false);
+    if (!this->depthwise && wanted.wants_columns_grad()) this->make_panels(false);
     std::vector<Worker> workers(schedule.threads);
     const int64_t most = std::max<int64_t>(1, kPartialBytes / (this->image_size() * int64_t(sizeof(acc_t))));
     for (int64_t first = 0; first < p.batch; first += schedule.chunk_images) {
@@ -41,6 +41,7 @@ class DeformBackward : public DeformCall<storage_t, acc_t, gemm_t> {
       int64_t used = std::min(schedule.threads, items);
       if (wanted_.input && used > count) used = std::max(count, std::min(used, most));
       torch::stable::parallel_for(0, used, 1, [&](int64_t begin, int64_t end) {
+        [[maybe_unused]] typename Base::Unit unit;
         for (int64_t w = begin; w < end; ++w) run_worker(workers[w], first, items * w / used, items * (w + 1) / used);
       });
       if (wanted_.input) merge_partials(workers);
@@ -57,24 +58,33 @@ class DeformBackward : public DeformCall<storage_t, acc_t, gemm_t> {
   };
   struct Worker {
     Buffer<char> scratch;
-    Buffer<gemm_t> columns, grad_columns, grad_out, grad_weight_tile;
-    Buffer<acc_t> grad_out_acc, grad_weight, grad_bias, image;
+    Buffer<gemm_t> columns, panels;
+    Buffer<gemm_t> grad_pixels, grad_outputs;  // grad_out of a tile and group: (pixel, output), and turned over
+    Buffer<acc_t> grad_columns, grad_out_acc, grad_weight, grad_bias, image;
     std::vector<Partial> partials;
   };
 
-  int64_t weight_size() const { return p.out_channels * p.group_channels() * p.taps(); }
+  // Of a worker's sums, (group, output, column) with both rounded up.
+  int64_t sums_size() const { return this->depthwise ? p.taps() * p.channels : p.groups * outs * width; }
 
   void prepare(Worker& w) {
     if (w.columns.size()) return;
     w.scratch = Buffer<char>(this->scratch_size());
-    w.columns = Buffer<gemm_t>(this->columns_size());
-    if (wanted_.wants_columns_grad()) w.grad_columns = Buffer<gemm_t>(this->columns_size());
-    if (!std::is_same_v<storage_t, gemm_t> && !this->depthwise) w.grad_out = Buffer<gemm_t>(schedule.tile_pixels * p.out_channels);
-    if (this->depthwise) w.grad_out_acc = Buffer<acc_t>(schedule.tile_pixels * p.out_channels);
+    w.columns = this->new_columns();
+    if (wanted_.wants_columns_grad()) w.grad_columns = Buffer<acc_t>(this->columns_size());
+    if (this->depthwise) {
+      w.grad_out_acc = Buffer<acc_t>(schedule.tile_pixels * p.out_channels);
+    } else if (!std::is_same_v<storage_t, gemm_t> || Base::pairs) {
+      w.grad_pixels = Buffer<gemm_t>(schedule.tile_pixels * outs);
+      w.grad_pixels.zero();
+      if (Base::pairs && wanted_.weight) {
+        w.grad_outputs = Buffer<gemm_t>(schedule.tile_pixels * outs);
+        w.panels = Buffer<gemm_t>(schedule.tile_pixels * width);
+      }
+    }
     if (wanted_.weight) {
-      w.grad_weight = Buffer<acc_t>(weight_size());
+      w.grad_weight = Buffer<acc_t>(sums_size());
       w.grad_weight.zero();
-      if (!Base::own_product) w.grad_weight_tile = Buffer<gemm_t>(weight_size() / p.groups);
     }
     if (wanted_.bias) {
       w.grad_bias = Buffer<acc_t>(p.out_channels);
@@ -121,50 +131,62 @@ class DeformBackward : public DeformCall<storage_t, acc_t, gemm_t> {
                                 w.grad_columns.data(), w.grad_weight.data());
     } else {
       for (int64_t g = 0; g < p.groups; ++g) {
-        const Matrix<const gemm_t> grad = grad_matrix(w, n, begin, count, g);
-        if constexpr (Base::own_product) multiply(w, grad, count, g);
-        else multiply_by_library(w, grad, count, g);
+        const auto grad = tile_of(p, grad_out_channels_last_, grad_out_, n, begin, count, g);
+        if constexpr (Base::pairs) multiply_pairs(w, grad, count, g);
+        else multiply(w, grad_matrix(w, grad, count), count, g);
       }
     }
     if (wanted_.wants_columns_grad()) {
       auto offset = wanted_.offset, mask = wanted_.mask;
-      k.scatter_tile(p, this->image(n), this->offset_, this->mask_, n, begin, count, this->column_groups,
+      k.scatter_tile(p, this->image(n), this->offset_, this->mask_, n, begin, count, this->layout,
                      w.scratch.data(), w.grad_columns.data(), grad_input, offset, mask);
     }
   }
 
   // grad_weight += grad * columns, grad_columns = grad^T * weight, of one group.
   void multiply(Worker& w, const Matrix<const gemm_t>& grad, int64_t count, int64_t group) {
-    const int64_t rows = p.group_out_channels(), width = p.taps() * p.group_channels();
-    const int64_t at = group * count * width;
+    const int64_t rows = p.group_out_channels();
     if (wanted_.weight)
-      k.matmul({rows, width, count, grad.data, grad.row_stride, grad.column_stride, w.columns.data() + at, width,
-                k.panel, false, w.grad_weight.data() + group * rows * width, width, true});
+      k.matmul({rows, width, count, grad.data, grad.row_stride, grad.column_stride,
+                w.columns.data() + group * this->layout.group, width, k.panel, false,
+                w.grad_weight.data() + group * rows * width, width, true});
     if (wanted_.wants_columns_grad())
       k.matmul({count, width, rows, grad.data, grad.column_stride, grad.row_stride,
-                this->panels_.data() + group * this->group_panels_, k.panel, rows * k.panel, true,
-                w.grad_columns.data() + at, width, false});
+                this->panels_.data() + group * this->group_panels_, k.panel, this->panel_size_, true,
+                w.grad_columns.data() + group * this->layout.group, width, false});
   }
-  void multiply_by_library(Worker& w, const Matrix<const gemm_t>& grad, int64_t count, int64_t group) {
-    const auto columns = this->columns_of(static_cast<const gemm_t*>(w.columns.data()), count, group);
+
+  // The same by matmul_pairs, which reads rows along the depth, and panels.
+  void multiply_pairs(Worker& w, const Matrix<const storage_t>& grad, int64_t count, int64_t group) {
+    const int64_t rows = grad.rows, taken = p.taps() * p.group_channels();
     if (wanted_.weight) {
-      // A tile's sum is rounded once to gemm_t, as the columns were; tiles are added in acc_t.
-      const int64_t width = columns.columns, size = p.group_out_channels() * width;
-      gemm(Matrix<gemm_t>{w.grad_weight_tile.data(), p.group_out_channels(), width, width, 1}, grad, columns, false);
-      k.add_row(w.grad_weight_tile.data(), w.grad_weight.data() + group * size, size);
+      const int64_t row = schedule.tile_pixels, depth = round_up(count, Base::depth_unit);
+      gemm_t* left = w.grad_outputs.data();
+      if (grad_out_channels_last_) k.pack_image(grad.data, p.out_channels, left, row, count, rows);
+      else
+        for (int64_t o = 0; o < rows; ++o) std::copy_n(grad.data + o * p.out_pixels(), count, left + o * row);
+      for (int64_t o = 0; o < rows; ++o) std::fill(left + o * row + count, left + o * row + depth, gemm_t{});
+      k.pack_panels(w.columns.data() + group * this->layout.group, width, 1, count, taken, w.panels.data());
+      k.matmul({rows, taken, depth, left, row, 1, w.panels.data(), k.panel, depth * k.panel, true,
+                w.grad_weight.data() + group * outs * width, width, true});
     }
-    if (wanted_.wants_columns_grad())
-      gemm(this->columns_of(w.grad_columns.data(), count, group), grad.transposed(), this->weight_of(group), false);
+    if (wanted_.wants_columns_grad()) {
+      gemm_t* left = w.grad_pixels.data();
+      if (!grad_out_channels_last_) k.pack_image(grad.data, p.out_pixels(), left, outs, rows, count);
+      else
+        for (int64_t i = 0; i < count; ++i) std::copy_n(grad.data + i * p.out_channels, rows, left + i * outs);
+      k.matmul({count, taken, outs, left, outs, 1, this->panels_.data() + group * this->group_panels_, k.panel,
+                this->panel_size_, true, w.grad_columns.data() + group * this->layout.group, width, false});
+    }
   }
 
   // grad_out of a tile and group as gemm_t.
-  Matrix<const gemm_t> grad_matrix(Worker& w, int64_t n, int64_t begin, int64_t count, int64_t group) {
-    const auto tile = tile_of(p, grad_out_channels_last_, grad_out_, n, begin, count, group);
+  Matrix<const gemm_t> grad_matrix(Worker& w, const Matrix<const storage_t>& tile, int64_t count) {
     if constexpr (std::is_same_v<storage_t, gemm_t>) {
       return tile;
     } else {
       const int64_t rows = tile.rows;
-      gemm_t* copy = w.grad_out.data();
+      gemm_t* copy = w.grad_pixels.data();
       if (grad_out_channels_last_) {
         for (int64_t i = 0; i < count; ++i) k.to_acc(tile.data + i * p.out_channels, copy + i * rows, rows);
         return {copy, rows, count, 1, rows};
@@ -216,17 +238,19 @@ class DeformBackward : public DeformCall<storage_t, acc_t, gemm_t> {
   }
 
   void write_weight(std::vector<Worker>& workers) {
-    Buffer<acc_t> total(weight_size());
+    Buffer<acc_t> total(sums_size());
     total.zero();
     for (Worker& w : workers)
-      if (w.grad_weight.size()) k.add_acc_row(w.grad_weight.data(), total.data(), weight_size());
+      if (w.grad_weight.size()) k.add_acc_row(w.grad_weight.data(), total.data(), sums_size());
     const int64_t taps = p.taps(), cg = p.group_channels();
     if (this->depthwise) {
       k.unpack_image(total.data(), p.channels, wanted_.weight, taps, taps, p.channels);
       return;
     }
+    const int64_t rows = p.group_out_channels();
     for (int64_t o = 0; o < p.out_channels; ++o)
-      k.unpack_image(total.data() + o * taps * cg, cg, wanted_.weight + o * taps * cg, taps, taps, cg);
+      k.unpack_image(total.data() + (o / rows * outs + o % rows) * width, cg, wanted_.weight + o * taps * cg, taps, taps,
+                     cg);
   }
 
   void write_bias(std::vector<Worker>& workers) {

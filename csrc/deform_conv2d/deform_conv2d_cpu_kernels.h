@@ -6,6 +6,9 @@
 
 #include "common/matmul.inl"
 #include "common/rows.inl"
+#if defined(DYNCONV_AVX512_BF16)
+#include "common/pairs.inl"
+#endif
 #include "deform_conv2d/deform_conv2d_math.h"
 
 // A strip is a run of output pixels, one a lane, of one offset group. Its taps are located at once; then a block of
@@ -94,12 +97,12 @@ DYNCONV_INLINE void locate_strip(const DeformConv2dParams& p, const DeformImage<
 // Samples output pixels [begin, begin + count) of image n into columns of gemm_t. scratch: scratch_bytes of the kernels.
 template <class storage_t, class acc_t, class gemm_t>
 void sample_tile(const DeformConv2dParams& p, DeformImage<storage_t> image, ScalarReader<acc_t> offset,
-                 ScalarReader<acc_t> mask, int64_t n, int64_t begin, int64_t count, int64_t column_groups, void* scratch,
+                 ScalarReader<acc_t> mask, int64_t n, int64_t begin, int64_t count, ColumnLayout layout, void* scratch,
                  gemm_t* columns) {
   constexpr int64_t lanes = Simd<acc_t>::lanes, block = kBlockBytes / sizeof(acc_t);
   DeformTap<acc_t, storage_t>* located = static_cast<DeformTap<acc_t, storage_t>*>(scratch);
   const int64_t taps = p.taps(), offset_channels = p.channels / p.offset_groups;
-  const int64_t group_channels = p.channels / column_groups;
+  const int64_t group_channels = p.channels / layout.groups;
   for (int64_t strip = 0; strip < count; strip += lanes) {
     const int64_t pixels = count - strip < lanes ? count - strip : lanes;
     for (int64_t group = 0; group < p.offset_groups; ++group) {
@@ -111,8 +114,9 @@ void sample_tile(const DeformConv2dParams& p, DeformImage<storage_t> image, Scal
         int64_t end = last < group_end ? last : group_end;
         end = end - first > block ? first + block : end;
         const int64_t whole = first + (end - first) / lanes * lanes, rest = end - whole;
-        gemm_t* out = columns + (column_group * count + strip) * taps * group_channels - column_group * group_channels;
-        for (int64_t i = 0; i < pixels; ++i)
+        gemm_t* row = columns + column_group * (layout.group - group_channels) + strip * layout.row;
+        for (int64_t i = 0; i < pixels; ++i, row += layout.row) {
+          gemm_t* out = row;
           for (int64_t tap = 0; tap < taps; ++tap, out += group_channels) {
             // Copies: a store to columns might change the tap itself, for all that the compiler knows.
             const DeformTap<acc_t, storage_t>& t = located[tap * lanes + i];
@@ -127,6 +131,7 @@ void sample_tile(const DeformConv2dParams& p, DeformImage<storage_t> image, Scal
                       (w2 * load_partial<acc_t>(c2 + whole, rest) + w3 * load_partial<acc_t>(c3 + whole, rest)),
                   rest);
           }
+        }
         first = end;
       }
     }
@@ -135,15 +140,15 @@ void sample_tile(const DeformConv2dParams& p, DeformImage<storage_t> image, Scal
 
 // Takes the gradient of a tile's columns apart: into grad_input (H * W, C; null if not wanted), and grad_offset and
 // grad_mask (contiguous; null data if not wanted).
-template <class storage_t, class acc_t, class gemm_t>
+template <class storage_t, class acc_t>
 void scatter_tile(const DeformConv2dParams& p, DeformImage<storage_t> image, ScalarReader<acc_t> offset,
-                  ScalarReader<acc_t> mask, int64_t n, int64_t begin, int64_t count, int64_t column_groups,
-                  void* scratch, const gemm_t* grad_columns, acc_t* grad_input, ScalarWriter<acc_t> grad_offset,
+                  ScalarReader<acc_t> mask, int64_t n, int64_t begin, int64_t count, ColumnLayout layout,
+                  void* scratch, const acc_t* grad_columns, acc_t* grad_input, ScalarWriter<acc_t> grad_offset,
                   ScalarWriter<acc_t> grad_mask) {
   constexpr int64_t lanes = Simd<acc_t>::lanes;
   DeformTap<acc_t, storage_t>* located = static_cast<DeformTap<acc_t, storage_t>*>(scratch);
   const int64_t taps = p.taps(), offset_channels = p.channels / p.offset_groups;
-  const int64_t group_channels = p.channels / column_groups, pixels = p.out_pixels();
+  const int64_t group_channels = p.channels / layout.groups, pixels = p.out_pixels();
   const bool want_dots = grad_offset.data || grad_mask.data;
   for (int64_t strip = 0; strip < count; strip += lanes) {
     const int64_t strip_pixels = count - strip < lanes ? count - strip : lanes;
@@ -160,7 +165,7 @@ void scatter_tile(const DeformConv2dParams& p, DeformImage<storage_t> image, Sca
         for (int64_t c = group * offset_channels; c < last;) {
           const int64_t column_group = c / group_channels, first = column_group * group_channels;
           const int64_t end = last < first + group_channels ? last : first + group_channels;
-          const gemm_t* grad = grad_columns + ((column_group * count + i) * taps + tap) * group_channels - first;
+          const acc_t* grad = grad_columns + column_group * layout.group + i * layout.row + tap * group_channels - first;
           for (; c + lanes <= end; c += lanes) {
             const Vec<acc_t> g = load(grad + c);
             if (want_dots)
@@ -219,7 +224,7 @@ void depthwise_tile(int64_t count, int64_t taps, int64_t channels, const gemm_t*
 // grad_columns = grad_out * weight and grad_weight += grad_out * columns of a depthwise layer; either may be null.
 template <class acc_t, class gemm_t>
 void depthwise_backward_tile(int64_t count, int64_t taps, int64_t channels, const acc_t* grad_out, const acc_t* weight,
-                             const gemm_t* columns, gemm_t* grad_columns, acc_t* grad_weight) {
+                             const gemm_t* columns, acc_t* grad_columns, acc_t* grad_weight) {
   constexpr int64_t lanes = Simd<acc_t>::lanes;
   for (int64_t i = 0; i < count; ++i)
     for (int64_t tap = 0; tap < taps; ++tap)
@@ -241,24 +246,39 @@ void depthwise_backward_tile(int64_t count, int64_t taps, int64_t channels, cons
       }
 }
 
+#if defined(DYNCONV_AVX512_BF16)
+// As pack_panels of matmul.inl, for any number of columns.
+inline void pack_pair_panels(const bfloat16* from, int64_t step, int64_t column_step, int64_t depth, int64_t columns,
+                             bfloat16* to) {
+  make_pair_panels(from, step, column_step, depth, (depth + kPairDepth - 1) / kPairDepth * kPairDepth, columns, to);
+}
+#endif
+
 template <class storage_t, class acc_t, class gemm_t>
 DeformKernels<storage_t, acc_t, gemm_t> deform_kernels() {
-  DeformKernels<storage_t, acc_t, gemm_t> k;
+  DeformKernels<storage_t, acc_t, gemm_t> k{};
   k.scratch_bytes = Simd<acc_t>::lanes * int64_t(sizeof(DeformTap<acc_t, storage_t>));
   k.sample_tile = &sample_tile<storage_t, acc_t, gemm_t>;
-  k.scatter_tile = &scatter_tile<storage_t, acc_t, gemm_t>;
+  k.scatter_tile = &scatter_tile<storage_t, acc_t>;
   k.depthwise_tile = &depthwise_tile<acc_t, gemm_t>;
   k.depthwise_backward_tile = &depthwise_backward_tile<acc_t, gemm_t>;
-  k.matmul = &matmul<acc_t>;
-  k.pack_panels = &pack_panels<gemm_t, acc_t>;
-  k.panel = kPanel<acc_t>;
+  if constexpr (std::is_same_v<gemm_t, acc_t>) {
+    k.matmul = &matmul<acc_t>;
+    k.pack_panels = &pack_panels<acc_t, acc_t>;
+    k.panel = kPanel<acc_t>;
+  } else {
+#if defined(DYNCONV_AVX512_BF16)
+    k.matmul = &matmul_pairs;
+    k.pack_panels = &pack_pair_panels;
+    k.panel = kPairPanel;
+#endif
+  }
   k.pack_image = &transpose<false, acc_t, storage_t, storage_t>;
   k.pack_weight = &transpose<false, acc_t, storage_t, gemm_t>;
   k.unpack_image = &transpose<true, acc_t, acc_t, storage_t>;
   k.pack_grad_out = &transpose<false, acc_t, storage_t, acc_t>;
   k.to_storage = &convert_row<acc_t, acc_t, storage_t>;
   k.to_acc = &convert_row<acc_t, storage_t, acc_t>;
-  k.add_row = &add_row<gemm_t, acc_t>;
   k.add_acc_row = &add_row<acc_t, acc_t>;
   k.add_storage_row = &add_row<storage_t, acc_t>;
   k.sum_row = &sum_row<storage_t, acc_t>;

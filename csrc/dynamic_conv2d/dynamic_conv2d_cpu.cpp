@@ -29,7 +29,7 @@ ScalarWriter<acc_t> writer_of(Tensor& tensor) {
 // Calls f with tags of storage_t, acc_t, product_t.
 template <class F>
 void dispatch(const Tensor& tensor, F f) {
-  dispatch_types(tensor.scalar_type(), f);
+  dispatch_types(tensor.scalar_type(), has_native_bfloat16(), f);
 }
 
 // ------------------------------------------------------------------------------------------------- aggregate_kernels

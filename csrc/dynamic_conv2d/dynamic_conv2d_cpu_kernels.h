@@ -8,6 +8,7 @@
 #include "dynamic_conv2d/dynamic_conv2d_cpu_depthwise.inl"
 #include "dynamic_conv2d/dynamic_conv2d_cpu_mixing.inl"
 #if defined(DYNCONV_AVX512_BF16)
+#include "common/pairs.inl"
 #include "dynamic_conv2d/dynamic_conv2d_cpu_pairs.inl"
 #endif
 
