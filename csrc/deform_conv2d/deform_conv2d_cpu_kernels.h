@@ -15,10 +15,11 @@
 // channels, small enough that what the strip samples stays in the first-level cache, is read tap by tap.
 template <class acc_t, class storage_t>
 struct DeformTap {
-  const storage_t* corner[4];  // the zero row for one outside the image
-  acc_t weight[4];             // mask included
-  acc_t fraction_y, fraction_x, mask;
-  uint8_t valid;  // bit j: corner j lies in the image
+  static constexpr int64_t lanes = Simd<acc_t>::lanes;
+  const storage_t* corner[lanes][4];  // the zero row for one outside the image
+  acc_t weight[4][lanes];             // mask included
+  acc_t fraction_y[lanes], fraction_x[lanes], mask[lanes];
+  typename Simd<acc_t>::int_t valid[lanes];  // bit j: corner j lies in the image
 };
 
 constexpr int64_t kBlockBytes = 256;
@@ -35,12 +36,14 @@ DYNCONV_INLINE Vec<acc_t> read_lanes(const ScalarReader<acc_t>& reader, const in
   return load(values);
 }
 
-// Locates every tap of one offset group for output pixels [begin, begin + count), count <= lanes: taps[tap * lanes + i].
+// Locates every tap of one offset group for output pixels [begin, begin + count), count <= lanes; pixel i in lane i.
 template <class acc_t, class storage_t>
 DYNCONV_INLINE void locate_strip(const DeformConv2dParams& p, const DeformImage<storage_t>& image,
                                  const ScalarReader<acc_t>& offset, const ScalarReader<acc_t>& mask, int64_t n,
                                  int64_t group, int64_t begin, int64_t count, DeformTap<acc_t, storage_t>* taps) {
   constexpr int64_t lanes = Simd<acc_t>::lanes;
+  typedef typename Simd<acc_t>::int_t int_t;
+  typedef typename Simd<acc_t>::int_vec int_vec;
   int64_t at_offset[lanes], at_mask[lanes];
   acc_t first_y[lanes] = {}, first_x[lanes] = {};
   bool dense_offset = count == lanes, dense_mask = count == lanes;
@@ -74,22 +77,25 @@ DYNCONV_INLINE void locate_strip(const DeformConv2dParams& p, const DeformImage<
       const Vec<acc_t> y = base_y + acc_t(tap_row * p.dilation_height) + dy;
       const Vec<acc_t> x = base_x + acc_t(tap_column * p.dilation_width) + dx;
       const auto inside = bilinear_sample(y, x, height, width, &s);
-      for (int j = 0; j < 4; ++j) s.weight[j] *= m;
-      DeformTap<acc_t, storage_t>* out = taps + tap * lanes;
+      DeformTap<acc_t, storage_t>& out = taps[tap];
+      for (int j = 0; j < 4; ++j) store(out.weight[j], s.weight[j] * m);
+      store(out.fraction_y, s.fraction_y);
+      store(out.fraction_x, s.fraction_x);
+      store(out.mask, m);
+      const int_vec top = __builtin_convertvector(s.top, int_vec), left = __builtin_convertvector(s.left, int_vec);
+      const int_vec above = inside & (top >= 0), below = inside & (top + 1 < int_t(p.height));
+      const int_vec west = left >= 0, east = left + 1 < int_t(p.width);
+      const int_vec valid = (above & west & 1) | (above & east & 2) | (below & west & 4) | (below & east & 8);
+      int_t tops[lanes], lefts[lanes];
+      __builtin_memcpy(tops, &top, sizeof tops);
+      __builtin_memcpy(lefts, &left, sizeof lefts);
+      __builtin_memcpy(out.valid, &valid, sizeof valid);
       for (int64_t i = 0; i < count; ++i) {
-        const int64_t top = int64_t(s.top[i]), left = int64_t(s.left[i]);
-        const storage_t* first = image.pixels + top * row_step + left * pixel_step;
-        const bool above = inside[i] && top >= 0, below = inside[i] && top + 1 < p.height;
-        const bool west = left >= 0, east = left + 1 < p.width;
-        out[i].corner[0] = above && west ? first : image.zero_row;
-        out[i].corner[1] = above && east ? first + pixel_step : image.zero_row;
-        out[i].corner[2] = below && west ? first + row_step : image.zero_row;
-        out[i].corner[3] = below && east ? first + row_step + pixel_step : image.zero_row;
-        out[i].valid = uint8_t((above && west) | (above && east) << 1 | (below && west) << 2 | (below && east) << 3);
-        for (int j = 0; j < 4; ++j) out[i].weight[j] = s.weight[j][i];
-        out[i].fraction_y = s.fraction_y[i];
-        out[i].fraction_x = s.fraction_x[i];
-        out[i].mask = m[i];
+        const storage_t* first = image.pixels + tops[i] * row_step + lefts[i] * pixel_step;
+        out.corner[i][0] = out.valid[i] & 1 ? first : image.zero_row;
+        out.corner[i][1] = out.valid[i] & 2 ? first + pixel_step : image.zero_row;
+        out.corner[i][2] = out.valid[i] & 4 ? first + row_step : image.zero_row;
+        out.corner[i][3] = out.valid[i] & 8 ? first + row_step + pixel_step : image.zero_row;
       }
     }
 }
@@ -119,9 +125,9 @@ void sample_tile(const DeformConv2dParams& p, DeformImage<storage_t> image, Scal
           gemm_t* out = row;
           for (int64_t tap = 0; tap < taps; ++tap, out += group_channels) {
             // Copies: a store to columns might change the tap itself, for all that the compiler knows.
-            const DeformTap<acc_t, storage_t>& t = located[tap * lanes + i];
-            const storage_t *c0 = t.corner[0], *c1 = t.corner[1], *c2 = t.corner[2], *c3 = t.corner[3];
-            const acc_t w0 = t.weight[0], w1 = t.weight[1], w2 = t.weight[2], w3 = t.weight[3];
+            const DeformTap<acc_t, storage_t>& t = located[tap];
+            const storage_t *c0 = t.corner[i][0], *c1 = t.corner[i][1], *c2 = t.corner[i][2], *c3 = t.corner[i][3];
+            const acc_t w0 = t.weight[0][i], w1 = t.weight[1][i], w2 = t.weight[2][i], w3 = t.weight[3][i];
             for (int64_t c = first; c < whole; c += lanes)
               store(out + c, (w0 * load(c0 + c) + w1 * load(c1 + c)) + (w2 * load(c2 + c) + w3 * load(c3 + c)));
             if (rest)
@@ -157,10 +163,14 @@ void scatter_tile(const DeformConv2dParams& p, DeformImage<storage_t> image, Sca
       const int64_t last = (group + 1) * offset_channels;
       for (int64_t at = 0; at < strip_pixels * taps; ++at) {
         const int64_t lane = at / taps, tap = at - lane * taps, i = strip + lane;
-        const DeformTap<acc_t, storage_t>& t = located[tap * lanes + lane];
+        const DeformTap<acc_t, storage_t>& t = located[tap];
+        const storage_t* const* corner = t.corner[lane];
         acc_t* target[4];
-        for (int j = 0; j < 4; ++j)
-          target[j] = grad_input && (t.valid >> j & 1) ? grad_input + (t.corner[j] - image.pixels) : nullptr;
+        acc_t weight[4];
+        for (int j = 0; j < 4; ++j) {
+          target[j] = grad_input && (t.valid[lane] >> j & 1) ? grad_input + (corner[j] - image.pixels) : nullptr;
+          weight[j] = t.weight[j][lane];
+        }
         Vec<acc_t> dots[4] = {};
         for (int64_t c = group * offset_channels; c < last;) {
           const int64_t column_group = c / group_channels, first = column_group * group_channels;
@@ -169,18 +179,18 @@ void scatter_tile(const DeformConv2dParams& p, DeformImage<storage_t> image, Sca
           for (; c + lanes <= end; c += lanes) {
             const Vec<acc_t> g = load(grad + c);
             if (want_dots)
-              for (int j = 0; j < 4; ++j) dots[j] += g * load(t.corner[j] + c);
+              for (int j = 0; j < 4; ++j) dots[j] += g * load(corner[j] + c);
             for (int j = 0; j < 4; ++j)
-              if (target[j]) store(target[j] + c, load(target[j] + c) + t.weight[j] * g);
+              if (target[j]) store(target[j] + c, load(target[j] + c) + weight[j] * g);
           }
           if (c < end) {
             const int64_t rest = end - c;
             const Vec<acc_t> g = load_partial<acc_t>(grad + c, rest);
             if (want_dots)
-              for (int j = 0; j < 4; ++j) dots[j] += g * load_partial<acc_t>(t.corner[j] + c, rest);
+              for (int j = 0; j < 4; ++j) dots[j] += g * load_partial<acc_t>(corner[j] + c, rest);
             for (int j = 0; j < 4; ++j)
               if (target[j])
-                store_partial<acc_t>(target[j] + c, load_partial<acc_t>(target[j] + c, rest) + t.weight[j] * g, rest);
+                store_partial<acc_t>(target[j] + c, load_partial<acc_t>(target[j] + c, rest) + weight[j] * g, rest);
             c = end;
           }
         }
@@ -188,7 +198,7 @@ void scatter_tile(const DeformConv2dParams& p, DeformImage<storage_t> image, Sca
           const acc_t dot[4] = {sum_lanes<acc_t>(dots[0]), sum_lanes<acc_t>(dots[1]), sum_lanes<acc_t>(dots[2]),
                                 sum_lanes<acc_t>(dots[3])};
           acc_t grad_y, grad_x, grad_m;
-          sample_gradients(t.fraction_y, t.fraction_x, dot, t.mask, &grad_y, &grad_x, &grad_m);
+          sample_gradients(t.fraction_y[lane], t.fraction_x[lane], dot, t.mask[lane], &grad_y, &grad_x, &grad_m);
           const int64_t channel = (n * p.offset_groups + group) * taps + tap, pixel = begin + i;
           if (grad_offset.data) {
             grad_offset.write(2 * channel * pixels + pixel, grad_y);
@@ -257,7 +267,7 @@ inline void pack_pair_panels(const bfloat16* from, int64_t step, int64_t column_
 template <class storage_t, class acc_t, class gemm_t>
 DeformKernels<storage_t, acc_t, gemm_t> deform_kernels() {
   DeformKernels<storage_t, acc_t, gemm_t> k{};
-  k.scratch_bytes = Simd<acc_t>::lanes * int64_t(sizeof(DeformTap<acc_t, storage_t>));
+  k.scratch_bytes = sizeof(DeformTap<acc_t, storage_t>);
   k.sample_tile = &sample_tile<storage_t, acc_t, gemm_t>;
   k.scatter_tile = &scatter_tile<storage_t, acc_t>;
   k.depthwise_tile = &depthwise_tile<acc_t, gemm_t>;
