@@ -25,6 +25,9 @@ WIDE = (*RGB, "X", "Y", "r")
 
 # The source report's, but for its channel order: weight decay, clipping and early stopping are Task I's alone.
 PAPER = {"learning_rate": 1e-3, "weight_decay": 1e-4, "gradient_clip": 2.0, "batch_size": 32}
+PAPER_RECIPE = PAPER | {"epochs": 30, "early_stop_patience": 6}
+# Half of ResNet-18's width, and one block a stage.
+REDUCED = {"layers": [1, 1, 1, 1], "width": 32}
 SAMPLED = {"channel_sampling": "image"}
 
 
@@ -104,16 +107,16 @@ STUDY = Study(
             image_size=124,
             denoise=True,
             normalize=True,
-            train=PAPER | {"epochs": 30, "early_stop_patience": 6},
+            train=PAPER_RECIPE,
         ),
         "strong": Preset(models=tuple(STEMS), image_size=64, train=STRONG_RECIPE),
         "short": Preset(models=tuple(STEMS), image_size=64, train=SHORT_RECIPE),
         # The whole protocol on a CPU: minutes a network, at a fiftieth of the operations.
         "reduced": Preset(
-            models=tuple(STEMS),
-            image_size=32,
-            train=STRONG_RECIPE | {"augment": "light"},
-            options={"layers": [1, 1, 1, 1], "width": 32},
+            models=tuple(STEMS), image_size=32, train=STRONG_RECIPE | {"augment": "light"}, options=REDUCED
+        ),
+        "reduced_paper": Preset(
+            models=tuple(STEMS), image_size=32, denoise=True, normalize=True, train=PAPER_RECIPE, options=REDUCED
         ),
         "smoke": Preset(
             models=("resnet18", "variable_resnet18", "task1_published"),

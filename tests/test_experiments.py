@@ -514,7 +514,7 @@ class TestEvaluate:
 
 
 class TestTask1Protocol:
-    @pytest.mark.parametrize("preset", ["strong", "reduced"])
+    @pytest.mark.parametrize("preset", ["strong", "reduced", "reduced_paper"])
     def test_networks_can_be_built(self, preset: str) -> None:
         study = load_script("task1").STUDY
         for name, network in study.networks.items():

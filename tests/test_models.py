@@ -31,6 +31,7 @@ from dynconv_vision.models import (
     sample_channels,
 )
 from dynconv_vision.models.registry import _MODELS
+from dynconv_vision.models.task2_published import MapNorm
 from dynconv_vision.models.variable_input_conv import imputation_shares
 
 TASK1 = ["resnet18", "static_resnet18", "task1_published", "variable_resnet18"]
@@ -210,6 +211,21 @@ def test_task2_published_sizes(size: int, half: int, quarter: int, eighth: int) 
     with torch.no_grad():
         assert network(torch.zeros(1, 3, size, size)).shape == (1, 2)
     assert sizes == [half, quarter, quarter, eighth]
+
+
+def test_map_norm_is_layer_norm_and_keeps_channels_last() -> None:
+    plain, ours = nn.LayerNorm([6, 5, 4]).double(), MapNorm([6, 5, 4]).double()
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter)
+    ours.load_state_dict(plain.state_dict())
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(3, 6, 5, 4, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+        out, expected = ours(x), plain(x)
+        assert out.is_contiguous(memory_format=memory_format)
+        torch.testing.assert_close(out, expected)
+        weight = torch.randn_like(out)
+        got = torch.autograd.grad((out * weight).sum(), [x, ours.weight, ours.bias])
+        torch.testing.assert_close(got, torch.autograd.grad((expected * weight).sum(), [x, plain.weight, plain.bias]))
 
 
 def test_cbam_formula() -> None:

@@ -59,6 +59,15 @@ Bfloat16Level detect_bfloat16() {
 #endif
 }
 
+// Whether vdpbf16ps beats a float32 multiply-add: see Bfloat16Level.
+bool has_fast_avx512_bf16() {
+#if defined(__x86_64__)
+  return has_avx512_bf16() && __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 constexpr const char* kLevelNames[] = {"baseline", "avx2", "avx512"};
 constexpr const char* kBfloat16LevelNames[] = {"none", "avx512_bf16", "amx"};
 
@@ -90,8 +99,8 @@ const char* cpu_level_name() { return kLevelNames[int(cpu_level())]; }
 Bfloat16Level bfloat16_level() {
   static const Bfloat16Level level = [] {
     const Bfloat16Level best = detect_bfloat16();
-    const Bfloat16Level usual = best == Bfloat16Level::amx ? best : Bfloat16Level::none;
-    return choose("DYNCONV_CPU_BFLOAT16", kBfloat16LevelNames, best, usual);
+    const bool gains = best == Bfloat16Level::amx || has_fast_avx512_bf16();
+    return choose("DYNCONV_CPU_BFLOAT16", kBfloat16LevelNames, best, gains ? best : Bfloat16Level::none);
   }();
   return level;
 }

@@ -6,6 +6,8 @@
 #include "common/half_types.h"
 #include "common/matmul.h"
 
+#include <type_traits>
+
 namespace dynconv {
 
 // What a side of the product is rounded up to: rows of a and c, columns of b and c, steps of the depth.
@@ -27,5 +29,10 @@ class PairUnit {
   PairUnit(const PairUnit&) = delete;
   PairUnit& operator=(const PairUnit&) = delete;
 };
+
+// To be held by a thread while it multiplies, by matmul_pairs or not.
+struct NoPairUnit {};
+template <bool pairs>
+using ProductUnit = std::conditional_t<pairs, PairUnit, NoPairUnit>;
 
 }  // namespace dynconv

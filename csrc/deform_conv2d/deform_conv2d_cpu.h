@@ -9,6 +9,7 @@
 #include "common/half_types.h"
 #include "common/matmul.h"
 #include "common/matmul_bfloat16.h"
+#include "common/rounding.h"
 #include "deform_conv2d/deform_conv2d.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -81,8 +82,6 @@ constexpr int64_t kPartialBytes = 512 * 1024 * 1024;
 template <class storage_t, class acc_t, class gemm_t>
 const DeformKernels<storage_t, acc_t, gemm_t>& kernels();
 
-inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-
 // How one call is cut: chunks of images, tiles of pixels.
 struct Schedule {
   int64_t threads, chunk_images, tile_pixels, tiles;
@@ -93,11 +92,11 @@ struct Schedule {
     const int64_t fit = kTileBytes / std::max<int64_t>(1, p.taps() * p.channels * acc_size);
     tile_pixels = std::clamp<int64_t>(fit / 16 * 16, 32, 512);
     // Small maps: enough tiles for every thread, all of about the same size.
-    const int64_t wanted = std::max<int64_t>((p.out_pixels() + tile_pixels - 1) / tile_pixels,
-                                             std::min((threads + p.batch - 1) / std::max<int64_t>(1, p.batch),
-                                                      (p.out_pixels() + 15) / 16));
-    tile_pixels = round_up((p.out_pixels() + wanted - 1) / wanted, row_unit);
-    tiles = (p.out_pixels() + tile_pixels - 1) / tile_pixels;
+    const int64_t wanted = std::max<int64_t>(ceil_div(p.out_pixels(), tile_pixels),
+                                             std::min(ceil_div(threads, std::max<int64_t>(1, p.batch)),
+                                                      ceil_div(p.out_pixels(), 16)));
+    tile_pixels = round_up(ceil_div(p.out_pixels(), wanted), row_unit);
+    tiles = ceil_div(p.out_pixels(), tile_pixels);
     const int64_t image_bytes = p.in_pixels() * p.channels * storage_size;
     chunk_images = std::max<int64_t>(1, kChunkBytes / std::max<int64_t>(1, image_bytes));
     if (chunk_images > threads) chunk_images = chunk_images / threads * threads;
@@ -184,7 +183,7 @@ class DeformCall {
   // Lays each group's weight out as panels of its transpose (taps * channels, output channels), or of itself.
   void make_panels(bool transposed) {
     const int64_t rows = p.group_out_channels(), taken = p.taps() * p.group_channels();
-    const int64_t columns = transposed ? rows : taken, panels = (columns + k.panel - 1) / k.panel;
+    const int64_t columns = transposed ? rows : taken, panels = ceil_div(columns, k.panel);
     panel_size_ = (transposed ? width : outs) * k.panel;
     group_panels_ = panels * panel_size_;
     panels_ = Buffer<gemm_t>(p.groups * group_panels_);
@@ -198,9 +197,7 @@ class DeformCall {
     });
   }
 
-  struct NoUnit {};
-  // To be held by a thread while it multiplies.
-  using Unit = std::conditional_t<pairs, PairUnit, NoUnit>;
+  using Unit = ProductUnit<pairs>;
 
   const DeformConv2dParams& p;
   const Kernels& k;

@@ -76,7 +76,7 @@ class DeformBackward : public DeformCall<storage_t, acc_t, gemm_t> {
       w.grad_out_acc = Buffer<acc_t>(schedule.tile_pixels * p.out_channels);
     } else if (!std::is_same_v<storage_t, gemm_t> || Base::pairs) {
       w.grad_pixels = Buffer<gemm_t>(schedule.tile_pixels * outs);
-      w.grad_pixels.zero();
+      if (Base::pairs) w.grad_pixels.zero();  // what lies behind a pixel's outputs
       if (Base::pairs && wanted_.weight) {
         w.grad_outputs = Buffer<gemm_t>(schedule.tile_pixels * outs);
         w.panels = Buffer<gemm_t>(schedule.tile_pixels * width);

@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor> aggregate_kernels_cpu(const Tensor& weight, const Ten
     const Buffer<A> mix = mixing_weights_of(p, reader_of<A>(a));
     const int64_t size = p.kernel_size();
     S* out = mutable_data<S>(kernels);
-    torch::stable::parallel_for(0, blocks_of(size, kBankBlock), 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, ceil_div(size, kBankBlock), 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
         const int64_t from = block * kBankBlock;
         k.mix({const_data<S>(w) + from, p.num_kernels, size, 1, size, std::min(kBankBlock, size - from)}, mix.data(),
@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor> aggregate_kernels_backward_cpu(
   dispatch(weight, [&]<class S, class A, class P>(TypeTag<S>, TypeTag<A>, TypeTag<P>) {
     const auto& k = dynamic_kernels<S, A, S>();
     const Buffer<A> mix = mixing_weights_of(p, reader_of<A>(a));
-    const int64_t size = p.kernel_size(), blocks = blocks_of(size, kBankBlock);
+    const int64_t size = p.kernel_size(), blocks = ceil_div(size, kBankBlock);
     GradBank<S, A> grad_bank(mutable_data<S>(grad_weight), p.num_kernels * size);
     Buffer<A> grad_mix(output_mask[1] ? p.batch * p.num_kernels : 0);
     grad_mix.zero();

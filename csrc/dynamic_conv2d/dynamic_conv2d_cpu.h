@@ -8,6 +8,7 @@
 #include "common/dispatch.h"
 #include "common/half_types.h"
 #include "common/matmul_bfloat16.h"
+#include "common/rounding.h"
 #include "dynamic_conv2d/dynamic_conv2d_math.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -167,8 +168,6 @@ const DynamicTileKernels<storage_t, acc_t, tile_t>& dynamic_tile_kernels() {
 
 // Elements of the bank that a pass over it handles at once: their K kernels and gradients stay in the cache.
 constexpr int64_t kBankBlock = 2048;
-
-inline int64_t blocks_of(int64_t count, int64_t block) { return (count + block - 1) / block; }
 
 // The tensors of a call as memory. All dense: input and grad_out in their own layout, the rest contiguous.
 template <class storage_t>

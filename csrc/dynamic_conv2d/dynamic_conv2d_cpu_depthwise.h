@@ -37,7 +37,7 @@ class DynamicDepthwise {
         mix_(mix),
         rows_(params.height + 2 * params.padding_height),
         columns_(params.width + 2 * params.padding_width),
-        blocks_(blocks_of(params.channels, k.lanes)) {}
+        blocks_(ceil_div(params.channels, k.lanes)) {}
 
   void forward(storage_t* out) {
     torch::stable::parallel_for(0, blocks_ * p.batch, 1, [&](int64_t begin, int64_t end) {

@@ -41,7 +41,7 @@ class DynamicSamples {
   void backward(const DynamicGradients<storage_t, acc_t>& wanted) {
     const bool want_kernel = wanted.weight || wanted.mix;
     if (!wanted.input && !want_kernel) return;
-    const int64_t size = p.bank.kernel_size(), blocks = blocks_of(size, kBankBlock), kernels = p.bank.num_kernels;
+    const int64_t size = p.bank.kernel_size(), blocks = ceil_div(size, kBankBlock), kernels = p.bank.num_kernels;
     GradBank<storage_t, acc_t> grad_bank(wanted.weight, kernels * size);
     BlockDots<acc_t> dots(wanted.mix != nullptr, blocks, kernels);
     for (int64_t n = 0; n < p.batch; ++n) {
@@ -84,7 +84,7 @@ class DynamicSamples {
     const int64_t size = p.bank.kernel_size();
     if (!kernel_.size()) kernel_ = Buffer<product_t>(size);
     const acc_t* a = mix_ + n * p.bank.num_kernels;
-    torch::stable::parallel_for(0, blocks_of(size, kBankBlock), 16, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, ceil_div(size, kBankBlock), 16, [&](int64_t begin, int64_t end) {
       const int64_t from = begin * kBankBlock, to = std::min(size, end * kBankBlock);
       k.mix({t.weight + from, p.bank.num_kernels, size, 1, size, to - from}, a, 1, kernel_.data() + from, 0, 0);
     });

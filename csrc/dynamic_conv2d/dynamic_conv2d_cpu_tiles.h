@@ -35,12 +35,11 @@ constexpr int64_t kMostSamples = 16;
 // A chunk of an image with its padding, at most: tiles of larger images would leave the cache, and 32-bit offsets.
 constexpr int64_t kMostPaddedBytes = 64 * 1024 * 1024;
 
-inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 // The least odd number of cache lines that holds count elements, in elements.
 template <class T>
 int64_t odd_lines(int64_t count) {
   constexpr int64_t line = 64 / sizeof(T);
-  return (blocks_of(count, line) / 2 * 2 + 1) * line;
+  return (ceil_div(count, line) / 2 * 2 + 1) * line;
 }
 
 // Whether a channel's taps fit a chunk, and a padded chunk has a bearable size.
@@ -73,20 +72,20 @@ struct TileSchedule {
     chunk_channels = std::max<int64_t>(1, kTileRows / p.taps());
     if (chunk_channels > lanes) chunk_channels = chunk_channels / lanes * lanes;
     chunk_channels = std::min(chunk_channels, p.group_channels());
-    chunks = blocks_of(p.group_channels(), chunk_channels);
+    chunks = ceil_div(p.group_channels(), chunk_channels);
     rows = chunk_channels * p.taps();
     padded_rows = round_up(rows, 2 * lanes);
     const int64_t pixels = round_up(p.out_pixels(), panel);
-    tiles = blocks_of(pixels, kTilePixels);
-    tile_pixels = round_up(blocks_of(pixels, tiles), panel);
-    tiles = blocks_of(p.out_pixels(), tile_pixels);
+    tiles = ceil_div(pixels, kTilePixels);
+    tile_pixels = round_up(ceil_div(pixels, tiles), panel);
+    tiles = ceil_div(p.out_pixels(), tile_pixels);
     samples = tiles > 1 ? 1 : std::clamp<int64_t>(kTilePixels / pixels, 1, std::min(kMostSamples, p.batch));
     if (samples > 4) samples = samples / 4 * 4;  // mixed in fours
     tile_channels = pairs || samples < kManySamples ? kTileChannels : kTileChannelsManySamples;
     // An odd number of cache lines, so that equal positions of several rows don't fall into one set of the cache.
     kernel_row = odd_lines<tile_t>(round_up(rows, depth_step));
     tile_kernels = std::max(tile_channels * kernel_row, pairs ? turned_size() : 0);
-    sample_blocks = blocks_of(p.batch, samples);
+    sample_blocks = ceil_div(p.batch, samples);
     grad_row = odd_lines<tile_t>(round_up(tile_pixels, 2 * lanes));
     tile_grads = tile_channels * grad_row;
     padded_height = p.height + 2 * p.padding_height;
@@ -122,10 +121,10 @@ class DynamicTiles {
         mix_bias(p.bank, t.bias, mix_ + n * p.bank.num_kernels, bias_.data() + n * p.out_channels);
     }
     // Output channels are shared out where samples and pixels alone leave threads idle.
-    const int64_t blocks = blocks_of(p.group_out_channels(), s.tile_channels), others = s.sample_blocks * s.tiles * p.groups;
-    const int64_t ranges = std::min(blocks, std::max(blocks_of(s.threads, others), blocks_of(p.group_out_channels(), kMostChannels)));
-    const int64_t range = blocks_of(blocks, ranges) * s.tile_channels;
-    const int64_t range_count = blocks_of(p.group_out_channels(), range);
+    const int64_t blocks = ceil_div(p.group_out_channels(), s.tile_channels), others = s.sample_blocks * s.tiles * p.groups;
+    const int64_t ranges = std::min(blocks, std::max(ceil_div(s.threads, others), ceil_div(p.group_out_channels(), kMostChannels)));
+    const int64_t range = ceil_div(blocks, ranges) * s.tile_channels;
+    const int64_t range_count = ceil_div(p.group_out_channels(), range);
     torch::stable::parallel_for(0, others * range_count, 1, [&](int64_t begin, int64_t end) {
       ForwardScratch scratch(*this, range);
       for (int64_t i = begin; i < end; ++i) {
@@ -146,8 +145,8 @@ class DynamicTiles {
     set_pixel_offsets(pixel_offset_.data(), 0, p.out_pixels(), pixel_offset_.size(), 0);
     // Chunks of channels are shared out; with fewer chunks than threads samples as well, each part with sums of its own.
     const int64_t size = p.bank.num_kernels * p.bank.kernel_size(), chunks = p.groups * s.chunks;
-    const int64_t parts = std::min(s.sample_blocks, blocks_of(s.threads, chunks));
-    const int64_t part_blocks = blocks_of(s.sample_blocks, parts), kernels = p.bank.num_kernels;
+    const int64_t parts = std::min(s.sample_blocks, ceil_div(s.threads, chunks));
+    const int64_t part_blocks = ceil_div(s.sample_blocks, parts), kernels = p.bank.num_kernels;
     // A part that is alone keeps a chunk's sums in the thread's scratch memory, if the tensor is of another type.
     local_sums_ = wanted.weight && parts == 1 && !std::is_same_v<storage_t, acc_t>;
     GradBank<storage_t, acc_t> grad_bank(local_sums_ ? nullptr : wanted.weight, size);
@@ -165,7 +164,7 @@ class DynamicTiles {
     });
     if (wanted.mix) dots.add_to(wanted.mix, p.batch * kernels);
     if (wanted.weight && !local_sums_ && (parts > 1 || !std::is_same_v<storage_t, acc_t>))
-      torch::stable::parallel_for(0, blocks_of(size, kBankBlock), 4, [&](int64_t begin, int64_t end) {
+      torch::stable::parallel_for(0, ceil_div(size, kBankBlock), 4, [&](int64_t begin, int64_t end) {
         const int64_t from = begin * kBankBlock, to = std::min(size, end * kBankBlock);
         // A part may have got no samples: the last ones when blocks don't divide evenly.
         for (int64_t part = 1; part < parts && part * part_blocks < s.sample_blocks; ++part) {
@@ -221,8 +220,7 @@ class DynamicTiles {
   // Whether the mixed kernels stay for the next tile: those of a sample with several tiles, if they are in one chunk.
   bool keep_mixed() const { return s.tiles > 1 && s.chunks == 1; }
 
-  struct NoUnit {};
-  using Unit = std::conditional_t<kPairs<tile_t>, PairUnit, NoUnit>;
+  using Unit = ProductUnit<kPairs<tile_t>>;
 
   struct ForwardScratch {
     [[maybe_unused]] Unit unit;
@@ -235,7 +233,7 @@ class DynamicTiles {
           sums(call.direct() ? 0 : call.s.samples * round_up(range, call.s.row_step) * call.s.tile_pixels),
           columns(call.s.samples * call.s.padded_rows * call.s.tile_pixels),
           kernels(call.s.samples * call.s.tile_kernels *
-                  (call.keep_mixed() ? blocks_of(range, call.s.tile_channels) : 1)),
+                  (call.keep_mixed() ? ceil_div(range, call.s.tile_channels) : 1)),
           pixel_offset(call.s.tile_pixels) {
       image.zero();
     }
@@ -341,7 +339,7 @@ class DynamicTiles {
         grad_columns = Buffer<acc_t>(s.samples * s.padded_rows * s.tile_pixels);
         kernels = Buffer<tile_t>(s.samples * s.tile_kernels);
         if (s.pairs)
-          turned = Buffer<tile_t>((call.keep_turned() ? blocks_of(call.p.group_out_channels(), s.tile_channels) : 1) *
+          turned = Buffer<tile_t>((call.keep_turned() ? ceil_div(call.p.group_out_channels(), s.tile_channels) : 1) *
                                   call.p.bank.num_kernels * s.turned_size());
       }
     }
@@ -430,7 +428,7 @@ class DynamicTiles {
       tile_t* turned = x.turned.data() + (keep_turned() ? o / s.tile_channels * kernels * size : 0);
       for (int64_t j = 0; first_pass && j < kernels; ++j)
         k.turn_over(bank.data + j * bank.kernel_stride, bank.row_stride, bank.rows, bank.count, turned + j * size);
-      return {turned, kernels, size, blocks_of(bank.count * kPairDepth, run), run, run};
+      return {turned, kernels, size, ceil_div(bank.count * kPairDepth, run), run, run};
     }
   }
 

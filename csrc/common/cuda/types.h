@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/half_types.h"
+#include "common/rounding.h"
 
 #include <cuda_runtime.h>
 
@@ -22,9 +23,6 @@ inline ImageStrides image_strides(int64_t channels, int64_t height, int64_t widt
   if (channels_last) return {channels * height * width, 1, channels * width, channels};
   return {channels * height * width, height * width, width, 1};
 }
-
-inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-__host__ __device__ inline int64_t ceil_div(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
 
 // Workspaces are cut at multiples of this many bytes.
 constexpr int64_t kWorkspaceAlignment = 256;

@@ -58,7 +58,8 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate the channels of ``x`` (N, C, H, W); the shape stays."""
-        gate = self.linear(x.amax(dim=(2, 3))) + self.linear(x.mean(dim=(2, 3)))
+        # Not amax, whose gradient counts equal maxima in int64: many times the rest of the block, on a CPU.
+        gate = self.linear(F.adaptive_max_pool2d(x, 1).flatten(1)) + self.linear(x.mean(dim=(2, 3)))
         return torch.sigmoid(gate)[:, :, None, None] * x
 
 
@@ -74,7 +75,7 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate the pixels of ``x`` (N, C, H, W); the shape stays."""
-        summary = torch.cat((x.amax(dim=1, keepdim=True), x.mean(dim=1, keepdim=True)), dim=1)
+        summary = torch.cat((x.max(dim=1, keepdim=True).values, x.mean(dim=1, keepdim=True)), dim=1)
         return torch.sigmoid(self.conv(summary)) * x
 
 
@@ -98,6 +99,22 @@ class CBAM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attend to ``x`` (N, C, H, W); the shape stays."""
         return self.sam(self.cam(x)) + x
+
+
+class MapNorm(nn.LayerNorm):
+    """``nn.LayerNorm`` over whole maps (C, H, W) that leaves channels-last ones channels last.
+
+    ``nn.LayerNorm`` copies them, and what follows copies them back. Parameters, their names and the results are its own.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise each image of ``x`` (N, C, H, W), of the size that the layer was made for; the shape stays."""
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            return super().forward(x)
+        channels, height, width = self.normalized_shape
+        weight, bias = (parameter.permute(1, 2, 0) for parameter in (self.weight, self.bias))
+        normal = F.layer_norm(x.permute(0, 2, 3, 1), (height, width, channels), weight, bias, self.eps)
+        return normal.permute(0, 3, 1, 2)
 
 
 class Task2Published(nn.Module):
@@ -126,17 +143,17 @@ class Task2Published(nn.Module):
 
         self.layer1 = nn.Conv2d(3, 64, kernel_size=5, stride=2, padding=2)
         self.attention1 = PixelAttention(64)
-        self.bn1 = nn.LayerNorm([64, half, half])
+        self.bn1 = MapNorm([64, half, half])
         self.pool1 = nn.MaxPool2d(2)
 
         self.layer2 = nn.Conv2d(64, 64, kernel_size=3, padding=1)
-        self.bn = nn.LayerNorm([64, quarter, quarter])
+        self.bn = MapNorm([64, quarter, quarter])
 
         self.layer3 = nn.Conv2d(64, 64, kernel_size=3, padding=1)
         self.layer4 = DeformableConv2d(64, 128, kernel_size=3, padding=1)
         self.attention2 = CBAM(128, reduction=2)
         self.pool2 = nn.MaxPool2d(2)
-        self.bn2 = nn.LayerNorm([128, quarter, quarter])
+        self.bn2 = MapNorm([128, quarter, quarter])
 
         self.dropout = nn.Dropout(0.5)  # published, and never applied
         self.pooling = nn.AdaptiveAvgPool2d(1)
