@@ -104,7 +104,7 @@ class CBAM(nn.Module):
 class MapNorm(nn.LayerNorm):
     """``nn.LayerNorm`` over whole maps (C, H, W) that leaves channels-last ones channels last.
 
-    ``nn.LayerNorm`` copies them, and what follows copies them back. Parameters, their names and the results are its own.
+    ``nn.LayerNorm`` copies them, and what follows copies them back. Its parameters and results are those of this one.
     """
 
     def forward(self, x: Tensor) -> Tensor:
