@@ -80,6 +80,8 @@ def test_task1_report(tmp_path: Path) -> None:
     assert text == (tmp_path / "report.md").read_text()
     assert "generated, 64 px, 3 epochs, seed 7" in text
     assert "## Missing" not in text
+    make_run(tmp_path / "small", "task1", config={"options": {"layers": [1, 1], "width": 32}})
+    assert "generated, 64 px, networks with layers [1, 1], width 32, 3 epochs" in write_report(tmp_path / "small")
     # Figure 1
     assert row(text, "`resnet18`", "parameters", "11.1927 M", "11.2022 M (7x7 stem)", "11.1945 M")
     assert row(text, "`resnet18`", "operations", "251.993 G", "cannot be reproduced", "1.1215 G")

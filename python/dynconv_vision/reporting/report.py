@@ -9,7 +9,7 @@ from pathlib import Path
 from dynconv_vision.models import list_models
 
 from .figures import draw_accuracy, draw_channels, draw_complexity, draw_learning_curves
-from .results import MODEL_KEYS, Results, load_history, load_results
+from .results import MODEL_KEYS, Results, load_history, load_results, options_text
 from .source_report import (
     CHANNEL_SETS,
     DATASET,
@@ -129,11 +129,16 @@ def _share_table(results: Results) -> str:
     return markdown_table(["network", "goal", "published", "corrected", "measured"], rows, numbers_from=1)
 
 
+def _size_text(results: Results) -> str:
+    settings = results.settings
+    return f"{settings.get('image_size', 'unknown')} px{options_text(settings.get('config', {}).get('options'))}"
+
+
 def _settings_text(results: Results) -> str:
     settings = results.settings
     parts = [str(settings.get("dataset", "unknown data"))]
     if settings.get("image_size") is not None:
-        parts.append(f"{settings['image_size']} px")
+        parts.append(_size_text(results))
     for key, unit in (("epochs", "epochs"), ("seed", None)):
         if settings.get(key) is not None:
             parts.append(f"{settings[key]} {unit}" if unit else f"{key} {settings[key]}")
@@ -206,7 +211,7 @@ def write_report(run_dir: str | Path) -> str:
     times = [[f"`{model}`", _format("seconds", results.number(model, "seconds"))] for model in results.models]
     lines += ["## Training time", "", markdown_table(["network", "measured"], times, numbers_from=1), ""]
 
-    size = f"{results.settings.get('image_size', 'unknown')} px"
+    size = _size_text(results)
     drawings = [
         ("learning_curves.png", "Learning curves", settings, histories, draw_learning_curves),
         ("accuracy.png", "Accuracy", settings, results, draw_accuracy),

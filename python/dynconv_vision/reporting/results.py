@@ -49,6 +49,11 @@ class Results:
         return entry.get(key)
 
 
+def options_text(options: Mapping[str, Any] | None) -> str:
+    """Settings of a run's networks as words: ", networks with width 32", or "" where they are built as they are."""
+    return ", networks with " + ", ".join(f"{key} {value}" for key, value in options.items()) if options else ""
+
+
 def _optional_number(value: object) -> float | None:
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 

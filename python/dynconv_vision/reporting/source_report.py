@@ -75,8 +75,8 @@ FIGURE_1 = SourceFigure(
     (
         "The parameters published for ResNet-18 are those of the variable network (ResNet-18 without its stem, and 21 "
         "attention weights); those published for the variable network include 1,152 of another module.",
-        "Measured `resnet18` has the 3x3 stem of Task I (1,728 weights) in place of the 7x7 one (9,408). Measured "
-        "`task1_published` is without the 21 attention weights, which are drawn and never learned.",
+        "Measured `resnet18` has the 3x3 stem of Task I (1,728 weights at full width) in place of the 7x7 one (9,408). "
+        "Measured `task1_published` is without the 21 attention weights, which are drawn and never learned.",
     ),
 )
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from .outcomes import RESAMPLES, Bootstrap, Outcome, load_outcomes, write_tables
 from .report import markdown_table
-from .results import ResultsError
+from .results import ResultsError, options_text
 from .summary_task1 import task1_aims, task1_sections
 from .summary_task2 import task2_aims, task2_sections
 
@@ -60,10 +60,8 @@ def write_summary(folder: str | Path, resamples: int = RESAMPLES, against: str |
 
     epochs = settings["train"]["epochs"]
     lines = [f"# {_TITLES[task]}: summary", ""]
-    options = settings.get("options") or {}  # runs of before have none
-    size = "".join(f", {name} {value}" for name, value in options.items())
     lines += [
-        f"{Path(settings['data']).name}, {settings['image_size']} px{size and ', networks with' + size[1:]}, "
+        f"{Path(settings['data']).name}, {settings['image_size']} px{options_text(settings.get('options'))}, "
         f"recipe `{settings['preset']}`, {epochs} epochs, {images} test images. Accuracies in percent: mean over "
         "seeds, and the 95 % interval of a paired bootstrap over the test images; ± is the standard deviation over "
         "seeds. Epochs were chosen on the validation images.",
