@@ -30,8 +30,8 @@ from dynconv_vision.models import (
     sample_channel_sets,
     sample_channels,
 )
+from dynconv_vision.models.layout import MapNorm, pixel_maxima, pixel_means
 from dynconv_vision.models.registry import _MODELS
-from dynconv_vision.models.task2_published import MapNorm
 from dynconv_vision.models.variable_input_conv import imputation_shares
 
 TASK1 = ["resnet18", "static_resnet18", "task1_published", "variable_resnet18"]
@@ -226,6 +226,19 @@ def test_map_norm_is_layer_norm_and_keeps_channels_last() -> None:
         weight = torch.randn_like(out)
         got = torch.autograd.grad((out * weight).sum(), [x, ours.weight, ours.bias])
         torch.testing.assert_close(got, torch.autograd.grad((expected * weight).sum(), [x, plain.weight, plain.bias]))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_statistics_of_pixels_and_the_format_of_their_gradients(memory_format: torch.memory_format) -> None:
+    x = torch.randn(3, 6, 5, 4, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    for statistic, expected in ((pixel_means, x.mean((2, 3))), (pixel_maxima, x.amax((2, 3)))):
+        out = statistic(x)
+        torch.testing.assert_close(out, expected)
+        weight = torch.randn_like(out)
+        (got,) = torch.autograd.grad((out * weight).sum(), x)
+        (wanted,) = torch.autograd.grad((expected * weight).sum(), x)
+        torch.testing.assert_close(got, wanted)
+        assert got.is_contiguous(memory_format=memory_format)
 
 
 def test_cbam_formula() -> None:

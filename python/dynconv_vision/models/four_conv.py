@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dynconv_ext import DeformableConv2d, DynamicConv2d
 
+from .layout import pixel_maxima, pixel_means
 from .registry import register_model
 from .task2_published import CBAM, PixelAttention
 
@@ -48,7 +49,7 @@ class ChannelGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate the channels of ``x`` (N, C, H, W); the shape stays."""
-        gate = torch.sigmoid(self.fc2(F.relu(self.fc1(x.mean((2, 3))))))
+        gate = torch.sigmoid(self.fc2(F.relu(self.fc1(pixel_means(x)))))
         return x * gate[:, :, None, None]
 
 
@@ -166,9 +167,9 @@ class FourConvNet(nn.Module):
         for place, stage in enumerate(self.stages):
             x = stage(x)
             if place >= _STAGES - self.levels:
-                found.append(x.mean((2, 3)))
+                found.append(pixel_means(x))
                 if self.pooling == "mean_max":
-                    found.append(x.amax((2, 3)))
+                    found.append(pixel_maxima(x))
         return torch.cat(found, 1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dynconv_ext import DeformableConv2d
 
+from .layout import MapNorm, pixel_maxima, pixel_means
 from .registry import register_model
 
 # Strided and pooled four times: layer1 halves, pool1 and pool2 floor.
@@ -58,8 +59,7 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate the channels of ``x`` (N, C, H, W); the shape stays."""
-        # Not amax, whose gradient counts equal maxima in int64: many times the rest of the block, on a CPU.
-        gate = self.linear(F.adaptive_max_pool2d(x, 1).flatten(1)) + self.linear(x.mean(dim=(2, 3)))
+        gate = self.linear(pixel_maxima(x)) + self.linear(pixel_means(x))
         return torch.sigmoid(gate)[:, :, None, None] * x
 
 
@@ -75,6 +75,7 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate the pixels of ``x`` (N, C, H, W); the shape stays."""
+        # max, not amax: see pixel_maxima.
         summary = torch.cat((x.max(dim=1, keepdim=True).values, x.mean(dim=1, keepdim=True)), dim=1)
         return torch.sigmoid(self.conv(summary)) * x
 
@@ -99,22 +100,6 @@ class CBAM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attend to ``x`` (N, C, H, W); the shape stays."""
         return self.sam(self.cam(x)) + x
-
-
-class MapNorm(nn.LayerNorm):
-    """``nn.LayerNorm`` over whole maps (C, H, W) that leaves channels-last ones channels last.
-
-    ``nn.LayerNorm`` copies them, and what follows copies them back. Its parameters and results are those of this one.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise each image of ``x`` (N, C, H, W), of the size that the layer was made for; the shape stays."""
-        if not x.is_contiguous(memory_format=torch.channels_last):
-            return super().forward(x)
-        channels, height, width = self.normalized_shape
-        weight, bias = (parameter.permute(1, 2, 0) for parameter in (self.weight, self.bias))
-        normal = F.layer_norm(x.permute(0, 2, 3, 1), (height, width, channels), weight, bias, self.eps)
-        return normal.permute(0, 3, 1, 2)
 
 
 class Task2Published(nn.Module):
