@@ -521,7 +521,8 @@ class TestTask1Protocol:
             train = TrainConfig.from_dict(dict(study.presets[preset].train) | dict(network.train))
             options = dict(study.presets[preset].options) | dict(network.options)
             model = registry.create_model(network.model or name, 5, 16, **options)
-            ClassificationModule(model, dataclasses.replace(train, ema_decay=None), 5, 16)
+            teacher = registry.create_model(network.teacher, 5, 16) if network.teacher else None
+            ClassificationModule(model, dataclasses.replace(train, ema_decay=None), 5, 16, teacher=teacher)
             known = set(getattr(model, "channels", "RGB"))
             assert network.test_sets is None or any(set(names) <= known for names in network.test_sets)
         for group in study.groups.values():
@@ -543,6 +544,15 @@ class TestTask1Protocol:
         assert "16 px, networks with layers [1, 1, 1, 1], width 32, recipe `reduced`" in write_summary(
             tmp_path / "runs"
         )
+
+    def test_distilled(self, photographs: Path, tmp_path: Path) -> None:
+        """It learns, on drawn channels, from the run's own network on all of them."""
+        arguments = ["--smoke", "--data", photographs, "--device", "cpu", "--output", tmp_path / "a"]
+        assert (
+            main(load_script("task1").STUDY, [*map(str, arguments), "--models", "resnet18", "variable_distilled"]) == 0
+        )
+        results = json.loads((tmp_path / "a" / "results.json").read_text())
+        assert set(results["models"]["variable_distilled"]["channels"]) == set(CHANNEL_SETS)
 
     def test_channels_never_seen(self, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         names = ["specialist_RB", "variable_without_B", "static_without_B"]

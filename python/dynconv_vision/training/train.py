@@ -86,6 +86,8 @@ def train_model(
 
     if config.channels_last:
         use_channels_last(model)
+        if teacher is not None:
+            use_channels_last(teacher)
     if device == "cpu" and precision == "bf16":
         use_matmul_convolutions(model)
     module = ClassificationModule(model, config, len(dataset.classes), dataset.image_size, card, teacher)
