@@ -133,7 +133,11 @@ def _wide_rows(outcomes: Mapping[str, Outcome], bootstrap: Bootstrap) -> list[li
 
 
 def task1_aims(outcomes: Mapping[str, Outcome], bootstrap: Bootstrap) -> list[dict[str, Any]]:
-    """The study's aims, as far as the networks that they compare are there."""
+    """The study's aims, as far as the networks that they compare are there.
+
+    But for training throughput: one network trained after the other says little of that where anything else runs, the
+    end-to-end benchmark takes their steps in turns.
+    """
     aims: list[dict[str, Any]] = []
     if OURS not in outcomes:
         return aims
@@ -157,7 +161,4 @@ def task1_aims(outcomes: Mapping[str, Outcome], bootstrap: Bootstrap) -> list[di
         for key, text, most in (("params", "parameters", 1.01), ("flops", "operations", 1.03)):
             ratio = ours.number(key) / plain.number(key)
             add(f"{text}, over plain ResNet-18's", f"<= {most}", f"{ratio:.4f}", ratio <= most)
-        speeds = [outcome.number("epochs") / outcome.number("seconds") for outcome in (ours, plain)]
-        ratio = speeds[0] / speeds[1]
-        add("epochs a second, validation included, over plain's", ">= 0.9", f"{ratio:.3f}", ratio >= 0.9)
     return aims
