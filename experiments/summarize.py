@@ -4,7 +4,8 @@
     python experiments/summarize.py FOLDER [--against FOLDER]
 
 FOLDER holds the folders of runs with one recipe and size, each with its networks and its seed, done or not. Writes
-summary.md, summary.json, summary.csv, per_seed.csv and channels.png (Task I) or trade_off.png (Task II) into it.
+summary.md, summary.json, summary.csv, per_seed.csv, channels.png (Task I) or trade_off.png (Task II), and ablations.png
+into it.
 """
 
 from __future__ import annotations

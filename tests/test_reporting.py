@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,24 @@ def test_task1_report(tmp_path: Path) -> None:
     for name in ("learning_curves", "accuracy", "complexity", "channels"):
         assert f"]({name}.png)" in text
         assert_picture(tmp_path / f"{name}.png", list(model_colours(list(TASK1)).values()))
+
+
+def test_many_networks_can_be_told_apart(tmp_path: Path) -> None:
+    data = make_run(tmp_path, "task1")
+    names = [f"variable_{place}" for place in range(12)]
+    for name in names:
+        data["models"][name] = data["models"]["variable_resnet18"]
+        shutil.copytree(tmp_path / "variable_resnet18", tmp_path / name)
+    write_report(tmp_path)
+    heights = {name: imread(tmp_path / f"{name}.png").shape[0] for name in ("channels", "learning_curves")}
+    (tmp_path / "results.json").write_text(json.dumps(data))
+    write_report(tmp_path)
+    colours = model_colours(list(data["models"]))
+    assert len(set(colours.values())) == len(colours)
+    for name, height in heights.items():
+        assert_picture(tmp_path / f"{name}.png", list(colours.values()) if name == "channels" else [])
+        # The legend has more rows.
+        assert imread(tmp_path / f"{name}.png").shape[0] > height
 
 
 def test_task2_report(tmp_path: Path) -> None:
@@ -357,6 +376,8 @@ def test_summary(tmp_path: Path) -> None:
     text = write_summary(tmp_path, resamples=200)
     assert (tmp_path / "summary.md").read_text() == text
     assert_picture(tmp_path / "channels.png", ["#009E73", "#E69F00", "#999999", "#0072B2"])
+    # The static stem is worse by more than the interval.
+    assert_picture(tmp_path / "ablations.png", ["#D55E00"])
 
     aims = {aim["aim"]: aim for aim in json.loads((tmp_path / "summary.json").read_text())["aims"]}
     rgb = aims["RGB, less plain ResNet-18"]
@@ -394,6 +415,9 @@ def test_summary_of_task2(tmp_path: Path) -> None:
     add_run(tmp_path / "paper" / "seed0", 0, paper, task="task2", preset="paper")
     text = write_summary(tmp_path / "strong", resamples=200, against=tmp_path / "paper")
     assert_picture(tmp_path / "strong" / "trade_off.png", ["#009E73", "#0072B2", "#D55E00"])
+    # The distilled one is better by more than the interval, the plain one is not worse by as much.
+    assert_picture(tmp_path / "strong" / "ablations.png", ["#009E73", "#7F7F7F"])
+    assert "](ablations.png)" in text
     content = json.loads((tmp_path / "strong" / "summary.json").read_text())
     aims = {aim["aim"]: aim for aim in content["aims"]}
     # All of ours have the same validation accuracy here; the distilled one is no candidate.

@@ -11,8 +11,10 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -46,6 +48,9 @@ _LABELS = {
 INK = "#333333"
 #: Up to so many epochs, curves mark every one.
 _FEW_EPOCHS = 12
+#: Up to so many networks, each bar bears its number.
+_FEW_NETWORKS = 6
+_LEGEND_COLUMNS = 4
 _SOURCE_LABEL = f"source report, corrected\n({DATASET}, {IMAGE_SIZE} px)"
 
 
@@ -57,7 +62,8 @@ def model_label(name: str) -> str:
 def model_colours(names: Sequence[str]) -> dict[str, str]:
     """The colour of every network; networks unknown to this module take spare colours in their order."""
     spare = [name for name in names if name not in _COLOURS]
-    return {name: _COLOURS.get(name) or _MORE_COLOURS[spare.index(name) % len(_MORE_COLOURS)] for name in names}
+    more = _MORE_COLOURS if len(spare) <= len(_MORE_COLOURS) else [to_hex(each) for each in colormaps["tab20"].colors]
+    return {name: _COLOURS.get(name) or more[spare.index(name) % len(more)] for name in names}
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -79,6 +85,14 @@ def style_axes(axes: Axes, grid: str = "y") -> None:
 def save_figure(figure: Figure, path: Path, dpi: int = 150) -> None:
     """Write a PNG."""
     figure.savefig(path, dpi=dpi, facecolor="white")
+
+
+def _new_picture(handles: Sequence[Line2D], columns: int, width: float, height: float) -> Figure:
+    """A figure with a legend below; long ones add to its height."""
+    rows = -(-len(handles) // columns)
+    figure = new_figure(width, height + 0.22 * max(0, rows - 2))
+    figure.legend(handles=list(handles), loc="outside lower center", ncols=columns, frameon=False)
+    return figure
 
 
 def _source_handle() -> Line2D:
@@ -114,7 +128,15 @@ def draw_learning_curves(path: Path, histories: Mapping[str, Mapping[str, Sequen
     colours = model_colours(list(histories))
     longest = max(len(history["epoch"]) for history in drawable.values())
     marker = "o" if longest <= _FEW_EPOCHS else None
-    figure = new_figure(11, 4.4)
+    handles = [Line2D([], [], color=colours[name], linewidth=2.5, label=model_label(name)) for name in drawable]
+    handles += [
+        Line2D(
+            [], [], color=INK, linestyle="--", linewidth=1.8, marker=marker, markerfacecolor="white", label="training"
+        ),
+        Line2D([], [], color=INK, linestyle="-", linewidth=1.8, marker=marker, label="validation"),
+    ]
+    columns = len(handles) if len(handles) <= _FEW_NETWORKS else _LEGEND_COLUMNS
+    figure = _new_picture(handles, columns, 11, 4.4)
     left, right = figure.subplots(1, 2)
     for axes, quantity, label in ((left, "loss", "loss (cross-entropy, nats)"), (right, "acc", "accuracy (%)")):
         for name, history in drawable.items():
@@ -133,14 +155,6 @@ def draw_learning_curves(path: Path, histories: Mapping[str, Mapping[str, Sequen
             axes.margins(x=0.5)
         axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         style_axes(axes)
-    handles = [Line2D([], [], color=colours[name], linewidth=2.5, label=model_label(name)) for name in drawable]
-    handles += [
-        Line2D(
-            [], [], color=INK, linestyle="--", linewidth=1.8, marker=marker, markerfacecolor="white", label="training"
-        ),
-        Line2D([], [], color=INK, linestyle="-", linewidth=1.8, marker=marker, label="validation"),
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.suptitle(title)
     save_figure(figure, path)
     return True
@@ -151,12 +165,11 @@ def _grouped_bars(
     groups: Sequence[str],
     values: Mapping[str, Sequence[float | None]],
     source: Mapping[str, Sequence[float | None]],
-) -> bool:
-    """Bars with their numbers, one group on the x axis per entry of ``groups``; says whether it drew source marks."""
+) -> None:
+    """Bars with their numbers, one group on the x axis per entry of ``groups``, and the source report's as marks."""
     colours = model_colours(list(values))
     width = min(0.8 / len(values), 0.4)
     size = 9 if len(values) * len(groups) <= 9 else 7.5
-    marked = False
     highest = 1.0
     numbers = []
     for place, (name, column) in enumerate(values.items()):
@@ -165,7 +178,7 @@ def _grouped_bars(
             reference = source.get(name, [None] * len(groups))[group]
             if reference is not None:
                 axes.plot(x, reference, "D", markersize=5, markerfacecolor="white", markeredgecolor=INK, zorder=3)
-                highest, marked = max(highest, reference), True
+                highest = max(highest, reference)
             if value is None:
                 axes.text(x, 0.4, "n/a", ha="center", va="bottom", color="#888888", fontsize=size, rotation=90)
                 continue
@@ -173,7 +186,7 @@ def _grouped_bars(
             axes.bar(x, value, width * 0.92, color=colours[name])
             numbers.append((x, value))
     limit = min(1.08 * highest + 2, 110)
-    for x, value in numbers:
+    for x, value in numbers if len(values) <= _FEW_NETWORKS else ():
         # At the foot of the bar, where marks and other bars are far; above it where the bar is too low.
         inside = value > 0.09 * limit
         axes.annotate(
@@ -185,16 +198,16 @@ def _grouped_bars(
     axes.set_ylim(0, limit)
     style_axes(axes)
     axes.tick_params(axis="x", length=0)
-    return marked
 
 
-def _bar_legend(figure: Figure, names: Sequence[str], marked: bool) -> None:
+def _bar_picture(names: Sequence[str], marked: bool, height: float) -> Figure:
+    """A figure with the legend of bars."""
     colours = model_colours(names)
     handles = [Line2D([], [], color=colours[name], linewidth=8, label=model_label(name)) for name in names]
     if marked:
         handles.append(_source_handle())
-    columns = len(handles) if len(handles) <= 4 else -(-len(handles) // 2)
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+    columns = -(-len(handles) // 2) if 4 < len(handles) <= _FEW_NETWORKS + 1 else min(len(handles), _LEGEND_COLUMNS)
+    return _new_picture(handles, columns, 11, height)
 
 
 def _draw_bars(
@@ -211,12 +224,12 @@ def _draw_bars(
     if all(value is None for column in values.values() for value in column):
         return False
     source = {name: [corrected(name, key) for key in bars.values()] for name in names}
-    figure = new_figure(11, 4.6)
+    marked = any(value is not None for column in source.values() for value in column)
+    figure = _bar_picture(names, marked, 4.6)
     axes = figure.subplots()
-    marked = _grouped_bars(axes, list(bars), values, source)
+    _grouped_bars(axes, list(bars), values, source)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
-    _bar_legend(figure, names, marked)
     figure.suptitle(title)
     save_figure(figure, path)
     return True
@@ -267,7 +280,7 @@ def draw_set_bars(path: Path, values: Mapping[str, Mapping[str, tuple[float, flo
     """
     colours = model_colours(list(values))
     width = 0.84 / len(values)
-    figure = new_figure(11, 4.8)
+    figure = _bar_picture(list(values), False, 4.8)
     axes = figure.subplots()
     for place, (name, row) in enumerate(values.items()):
         groups = [group for group, each in enumerate(CHANNEL_SETS) if each in row]
@@ -281,7 +294,31 @@ def draw_set_bars(path: Path, values: Mapping[str, Mapping[str, tuple[float, flo
     axes.set_ylabel("test accuracy (%), 95 % interval")
     style_axes(axes)
     axes.tick_params(axis="x", length=0)
-    _bar_legend(figure, list(values), marked=False)
+    figure.suptitle(title)
+    save_figure(figure, path)
+
+
+def draw_differences(path: Path, values: Mapping[str, tuple[float, float, float]], label: str, title: str) -> None:
+    """Differences of networks to one of them, a line each, with intervals.
+
+    Args:
+        path: The PNG to write.
+        values: By network: the difference and the limits of its interval, in points.
+        label: Of what, less what.
+        title: Above the picture.
+    """
+    figure = new_figure(9, 1.5 + 0.3 * len(values))
+    axes = figure.subplots()
+    axes.axvline(0, color=INK, linewidth=1)
+    for place, (mean, low, high) in enumerate(values.values()):
+        # Green and vermilion: better, or worse, by more than the interval; grey between.
+        colour = "#009E73" if low > 0 else "#D55E00" if high < 0 else "#7F7F7F"
+        axes.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="o", color=colour, markersize=6)
+    axes.set_yticks(range(len(values)), list(values))
+    axes.set_ylim(len(values) - 0.4, -0.6)
+    axes.set_xlabel(label)
+    style_axes(axes, grid="x")
+    axes.tick_params(axis="y", length=0)
     figure.suptitle(title)
     save_figure(figure, path)
 

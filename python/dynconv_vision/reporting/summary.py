@@ -25,7 +25,8 @@ def write_summary(folder: str | Path, resamples: int = RESAMPLES, against: str |
     """Summarise the runs of one task under a folder.
 
     Writes into it ``summary.md``, ``summary.json``, ``summary.csv`` (a line a network and set of channels),
-    ``per_seed.csv`` (a line a network, seed and set), and ``channels.png`` for Task I or ``trade_off.png`` for Task II.
+    ``per_seed.csv`` (a line a network, seed and set), ``channels.png`` for Task I or ``trade_off.png`` for Task II, and
+    ``ablations.png`` where other networks can be held against ours.
 
     Args:
         folder: Holds the folders of runs with the same settings, but for networks and seed.

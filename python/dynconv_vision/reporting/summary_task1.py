@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .figures import draw_set_bars
+from .figures import draw_differences, draw_set_bars
 from .outcomes import Bootstrap, Estimate, Outcome, aim, deviation
 from .report import markdown_table
 from .source_report import CHANNEL_SETS
@@ -28,7 +28,7 @@ def task1_sections(
     bootstrap: Bootstrap,
     title: str,
 ) -> list[str]:
-    """Lines of Markdown; draws channels.png where the main networks are there."""
+    """Lines of Markdown; draws channels.png where the main networks are there, and ablations.png beside ours."""
     lines: list[str] = []
     main = _networks_of_all_sets(outcomes, estimates)
     if main:
@@ -42,10 +42,14 @@ def task1_sections(
             },
             title,
         )
-    ablations = _ablation_rows(outcomes, bootstrap)
+    ablations, differences = _ablation_rows(outcomes, bootstrap)
     if ablations:
         header = ["network", "seeds", "RGB", "pairs", "singles", "mean of the seven", "less ours"]
         lines += ["## Ablations", "", markdown_table(header, ablations, 1), ""]
+    if differences:
+        label = "mean of the seven sets, less ours (points, 95 % interval)"
+        draw_differences(folder / "ablations.png", differences, label, title)
+        lines += ["![Ablations](ablations.png)", ""]
     wide = _wide_rows(outcomes, bootstrap)
     if wide:
         header = ["network", "seeds", "channels in the set", "sets", "accuracy", "least", "greatest"]
@@ -91,19 +95,23 @@ _GROUPS: dict[str, Callable[[str], bool]] = {
 }
 
 
-def _ablation_rows(outcomes: Mapping[str, Outcome], bootstrap: Bootstrap) -> list[list[str]]:
-    """Networks on the seven sets, in groups, and their difference to ours."""
-    rows = []
+def _ablation_rows(
+    outcomes: Mapping[str, Outcome], bootstrap: Bootstrap
+) -> tuple[list[list[str]], dict[str, tuple[float, float, float]]]:
+    """Networks on the seven sets, in groups; and their difference to ours, but for networks made for one set."""
+    rows, differences = [], {}
     for name, outcome in outcomes.items():
         if not _has_all_sets(outcome) or len(outcome.right) > len(CHANNEL_SETS):
             continue
         cells = [f"{100 * outcome.score(list(filter(f, CHANNEL_SETS))).mean():.2f}" for f in _GROUPS.values()]
         less = "–"
         if OURS in outcomes and name != OURS:
-            difference = outcome.score(CHANNEL_SETS) - outcomes[OURS].score(CHANNEL_SETS)
-            less = str(bootstrap.estimate(difference))
+            found = bootstrap.estimate(outcome.score(CHANNEL_SETS) - outcomes[OURS].score(CHANNEL_SETS))
+            less = str(found)
+            if name not in (PLAIN, PUBLISHED):
+                differences[name] = tuple(vars(found).values())
         rows.append([f"`{name}`", str(len(outcome.seeds)), *cells, less])
-    return rows
+    return rows, differences
 
 
 def _wide_rows(outcomes: Mapping[str, Outcome], bootstrap: Bootstrap) -> list[list[str]]:

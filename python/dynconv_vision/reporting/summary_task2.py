@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .figures import draw_trade_off
+from .figures import draw_differences, draw_trade_off
 from .outcomes import Bootstrap, Estimate, Outcome, aim, deviation
 from .report import markdown_table
 from .source_report import TASK2_GOAL
@@ -77,8 +77,9 @@ def task2_sections(
     bootstrap: Bootstrap,
     title: str,
 ) -> list[str]:
-    """Lines of Markdown; draws trade_off.png."""
+    """Lines of Markdown; draws trade_off.png, and ablations.png where there are some."""
     rows = []
+    differences = {}
     for name, outcome in outcomes.items():
         sd = deviation(100 * outcome.right[""].mean(1))
         share = "–"
@@ -86,7 +87,10 @@ def task2_sections(
             share = str(bootstrap.ratio(outcome.score(_WHOLE), outcomes[RESNET34].score(_WHOLE)))
         less = "–"
         if OURS in outcomes and name != OURS:
-            less = str(bootstrap.estimate(outcome.score(_WHOLE) - outcomes[OURS].score(_WHOLE)))
+            found = bootstrap.estimate(outcome.score(_WHOLE) - outcomes[OURS].score(_WHOLE))
+            less = str(found)
+            if _is_ours(name):
+                differences[name] = tuple(vars(found).values())
         rows.append(
             [
                 f"`{name}`",
@@ -111,4 +115,8 @@ def task2_sections(
         },
         title,
     )
-    return ["## Networks", "", markdown_table(header, rows, 1), "", "![Trade-off](trade_off.png)", ""]
+    lines = ["## Networks", "", markdown_table(header, rows, 1), "", "![Trade-off](trade_off.png)", ""]
+    if differences:
+        draw_differences(folder / "ablations.png", differences, "accuracy, less ours (points, 95 % interval)", title)
+        lines += ["![Ablations](ablations.png)", ""]
+    return lines
