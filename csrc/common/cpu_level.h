@@ -14,8 +14,8 @@ const char* cpu_level_name();
 // What multiplies bfloat16 in the library's own products, at the level avx512: amx where the CPU has it and the system
 // grants it, avx512_bf16 on AMD's CPUs that have it, else none, which is float32. The environment variable
 // DYNCONV_CPU_BFLOAT16 (none, avx512_bf16, amx) decides instead; throws if that is unknown or not to be had here. amx
-// includes avx512_bf16, which is no default on Intel's CPUs: there vdpbf16ps does half the products a second of a
-// float32 multiply-add, on AMD's (Zen 4 and later) twice as many.
+// includes avx512_bf16, which is no default on Intel's CPUs: where it was measured, vdpbf16ps does half the products a
+// second of a float32 multiply-add there, and twice as many on AMD's (Zen 4).
 enum class Bfloat16Level { none, avx512_bf16, amx };
 Bfloat16Level bfloat16_level();
 const char* bfloat16_level_name();
