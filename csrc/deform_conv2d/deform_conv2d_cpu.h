@@ -75,6 +75,8 @@ namespace deform {
 constexpr int64_t kTileBytes = 384 * 1024;
 // Channels-first images are turned over in chunks of about this size.
 constexpr int64_t kChunkBytes = 16 * 1024 * 1024;
+// Pixels of an image that a thread turns over or adds up at a time, so that one large image keeps all of them busy.
+constexpr int64_t kSlicePixels = 1024;
 // Threads that share an image each have a gradient of it, up to this much together.
 constexpr int64_t kPartialBytes = 512 * 1024 * 1024;
 
@@ -158,11 +160,11 @@ class DeformCall {
   void begin_chunk(int64_t first, int64_t count) {
     chunk_first_ = first;
     if (p.channels_last) return;
-    // Slices of pixels, so that one large image keeps every thread busy as well.
-    const int64_t slices = (p.in_pixels() + 1023) / 1024;
+    const int64_t slices = ceil_div(p.in_pixels(), kSlicePixels);
     torch::stable::parallel_for(0, count * slices, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t n = i / slices, from = i % slices * 1024, pixels = std::min<int64_t>(1024, p.in_pixels() - from);
+        const int64_t n = i / slices, from = i % slices * kSlicePixels;
+        const int64_t pixels = std::min(kSlicePixels, p.in_pixels() - from);
         k.pack_image(input_ + (first + n) * image_size() + from, p.in_pixels(),
                      packed_.data() + n * image_size() + from * p.channels, p.channels, p.channels, pixels);
       }

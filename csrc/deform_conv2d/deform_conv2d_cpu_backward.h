@@ -222,11 +222,11 @@ class DeformBackward : public DeformCall<storage_t, acc_t, gemm_t> {
         if (images.empty() || images.back().front()->n != partial.n) images.emplace_back();
         images.back().push_back(&partial);
       }
-    const int64_t slices = (p.in_pixels() + 1023) / 1024;
+    const int64_t slices = ceil_div(p.in_pixels(), kSlicePixels);
     torch::stable::parallel_for(0, int64_t(images.size()) * slices, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const auto& parts = images[i / slices];
-        const int64_t from = i % slices * 1024, to = std::min<int64_t>(from + 1024, p.in_pixels());
+        const int64_t from = i % slices * kSlicePixels, to = std::min(from + kSlicePixels, p.in_pixels());
         acc_t* sum = parts[0]->grad_input.data();
         for (size_t j = 1; j < parts.size(); ++j)
           k.add_acc_row(parts[j]->grad_input.data() + from * p.channels, sum + from * p.channels,

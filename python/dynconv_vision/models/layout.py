@@ -3,6 +3,8 @@
 
 What they replace gives the same numbers, but in the other memory format, and adding gradients of two formats takes many
 times as long as adding equal ones.
+
+Source: ours; the definitions are those of `torch.mean`, `torch.nn.AdaptiveMaxPool2d` and `torch.nn.LayerNorm`.
 """
 
 from __future__ import annotations
@@ -32,7 +34,17 @@ class MapNorm(nn.LayerNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise each image of ``x`` (N, C, H, W), of the size that the layer was made for; the shape stays."""
+        """Normalise each image.
+
+        Args:
+            x: (N, C, H, W), of the size (C, H, W) that the layer was made for.
+
+        Returns:
+            The same shape and memory format.
+
+        Raises:
+            RuntimeError: If the size is another.
+        """
         if not x.is_contiguous(memory_format=torch.channels_last):
             return super().forward(x)
         channels, height, width = self.normalized_shape

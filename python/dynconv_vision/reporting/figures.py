@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from .outcomes import Estimate
 from .results import Results
 from .source_report import CHANNEL_SETS, DATASET, IMAGE_SIZE, corrected
 
@@ -270,12 +271,17 @@ def draw_channels(path: Path, results: Results, title: str) -> bool:
     return _draw_bars(path, title, results, names, bars, "channels of the test images", "test accuracy (%)")
 
 
-def draw_set_bars(path: Path, values: Mapping[str, Mapping[str, tuple[float, float, float]]], title: str) -> None:
+def _whiskers(values: Sequence[Estimate]) -> list[list[float]]:
+    """How far intervals reach below and above the means, as matplotlib takes them."""
+    return [[value.mean - value.low for value in values], [value.high - value.mean for value in values]]
+
+
+def draw_set_bars(path: Path, values: Mapping[str, Mapping[str, Estimate]], title: str) -> None:
     """Test accuracy on the seven sets of channels, with intervals.
 
     Args:
         path: The PNG to write.
-        values: By network and set: accuracy and the limits of its interval, in percent; sets may be missing.
+        values: By network and set: accuracy in percent; sets may be missing.
         title: Above the picture.
     """
     colours = model_colours(list(values))
@@ -284,11 +290,12 @@ def draw_set_bars(path: Path, values: Mapping[str, Mapping[str, tuple[float, flo
     axes = figure.subplots()
     for place, (name, row) in enumerate(values.items()):
         groups = [group for group, each in enumerate(CHANNEL_SETS) if each in row]
-        means, lows, highs = zip(*(row[CHANNEL_SETS[group]] for group in groups), strict=True)
+        found = [row[CHANNEL_SETS[group]] for group in groups]
         x = [group + width * (place + 0.5 - len(values) / 2) for group in groups]
-        reach = [[m - low for m, low in zip(means, lows, strict=True)]]
-        reach += [[high - m for m, high in zip(means, highs, strict=True)]]
-        axes.bar(x, means, width * 0.92, color=colours[name], yerr=reach, error_kw={"ecolor": INK, "elinewidth": 1})
+        axes.bar(
+            x, [each.mean for each in found], width * 0.92, color=colours[name], yerr=_whiskers(found),
+            error_kw={"ecolor": INK, "elinewidth": 1},
+        )  # fmt: skip
     axes.set_xticks(range(len(CHANNEL_SETS)), CHANNEL_SETS)
     axes.set_xlabel("channels of the test images")
     axes.set_ylabel("test accuracy (%), 95 % interval")
@@ -298,22 +305,22 @@ def draw_set_bars(path: Path, values: Mapping[str, Mapping[str, tuple[float, flo
     save_figure(figure, path)
 
 
-def draw_differences(path: Path, values: Mapping[str, tuple[float, float, float]], label: str, title: str) -> None:
+def draw_differences(path: Path, values: Mapping[str, Estimate], label: str, title: str) -> None:
     """Differences of networks to one of them, a line each, with intervals.
 
     Args:
         path: The PNG to write.
-        values: By network: the difference and the limits of its interval, in points.
+        values: By network: the difference, in points.
         label: Of what, less what.
         title: Above the picture.
     """
     figure = new_figure(9, 1.5 + 0.3 * len(values))
     axes = figure.subplots()
     axes.axvline(0, color=INK, linewidth=1)
-    for place, (mean, low, high) in enumerate(values.values()):
+    for place, value in enumerate(values.values()):
         # Green and vermilion: better, or worse, by more than the interval; grey between.
-        colour = "#009E73" if low > 0 else "#D55E00" if high < 0 else "#7F7F7F"
-        axes.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="o", color=colour, markersize=6)
+        colour = "#009E73" if value.low > 0 else "#D55E00" if value.high < 0 else "#7F7F7F"
+        axes.errorbar(value.mean, place, xerr=_whiskers([value]), fmt="o", color=colour, markersize=6)
     axes.set_yticks(range(len(values)), list(values))
     axes.set_ylim(len(values) - 0.4, -0.6)
     axes.set_xlabel(label)
@@ -323,12 +330,12 @@ def draw_differences(path: Path, values: Mapping[str, tuple[float, float, float]
     save_figure(figure, path)
 
 
-def draw_trade_off(path: Path, points: Mapping[str, tuple[float, float, float, float, float]], title: str) -> None:
+def draw_trade_off(path: Path, points: Mapping[str, tuple[float, float, Estimate]], title: str) -> None:
     """Test accuracy against operations and against parameters, one colour a family of networks.
 
     Args:
         path: The PNG to write.
-        points: By network: parameters, operations an image, accuracy and the limits of its interval, in percent.
+        points: By network: parameters, operations an image, accuracy in percent.
         title: Above the picture.
     """
     families = {
@@ -341,13 +348,13 @@ def draw_trade_off(path: Path, points: Mapping[str, tuple[float, float, float, f
     for axes, (key, label) in panels:
         for colour, names in families.values():
             for name in names:
-                mean, low, high = points[name][2:]
+                size, accuracy = points[name][key], points[name][2]
                 axes.errorbar(
-                    points[name][key], mean, yerr=[[mean - low], [high - mean]], fmt="o", color=_COLOURS[colour],
+                    size, accuracy.mean, yerr=_whiskers([accuracy]), fmt="o", color=_COLOURS[colour],
                     ecolor=_COLOURS[colour] + "66", markersize=6,
                 )  # fmt: skip
                 axes.annotate(
-                    name, (points[name][key], mean), xytext=(6, 3), textcoords="offset points", fontsize=7, color=INK
+                    name, (size, accuracy.mean), xytext=(6, 3), textcoords="offset points", fontsize=7, color=INK
                 )
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

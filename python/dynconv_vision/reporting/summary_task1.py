@@ -35,11 +35,7 @@ def task1_sections(
         lines += ["## Sets of channels", "", _sets_table(main, outcomes), "", "![Sets of channels](channels.png)", ""]
         draw_set_bars(
             folder / "channels.png",
-            {
-                name: {each: (e.mean, e.low, e.high) for each, e in row.items()}
-                for name, row in main.items()
-                if name in (PLAIN, STATIC, OURS, PUBLISHED, "specialists")
-            },
+            {name: row for name, row in main.items() if name in (PLAIN, STATIC, OURS, PUBLISHED, "specialists")},
             title,
         )
     ablations, differences = _ablation_rows(outcomes, bootstrap)
@@ -97,7 +93,7 @@ _GROUPS: dict[str, Callable[[str], bool]] = {
 
 def _ablation_rows(
     outcomes: Mapping[str, Outcome], bootstrap: Bootstrap
-) -> tuple[list[list[str]], dict[str, tuple[float, float, float]]]:
+) -> tuple[list[list[str]], dict[str, Estimate]]:
     """Networks on the seven sets, in groups; and their difference to ours, but for networks made for one set."""
     rows, differences = [], {}
     for name, outcome in outcomes.items():
@@ -109,7 +105,7 @@ def _ablation_rows(
             found = bootstrap.estimate(outcome.score(CHANNEL_SETS) - outcomes[OURS].score(CHANNEL_SETS))
             less = str(found)
             if name not in (PLAIN, PUBLISHED):
-                differences[name] = tuple(vars(found).values())
+                differences[name] = found
         rows.append([f"`{name}`", str(len(outcome.seeds)), *cells, less])
     return rows, differences
 

@@ -90,7 +90,7 @@ def task2_sections(
             found = bootstrap.estimate(outcome.score(_WHOLE) - outcomes[OURS].score(_WHOLE))
             less = str(found)
             if _is_ours(name):
-                differences[name] = tuple(vars(found).values())
+                differences[name] = found
         rows.append(
             [
                 f"`{name}`",
@@ -109,7 +109,7 @@ def task2_sections(
     draw_trade_off(
         folder / "trade_off.png",
         {
-            name: (outcome.number("params"), outcome.number("flops"), *vars(estimates[name][""]).values())
+            name: (outcome.number("params"), outcome.number("flops"), estimates[name][""])
             for name, outcome in outcomes.items()
             if not _is_ours(name) or name in shown
         },
