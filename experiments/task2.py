@@ -56,6 +56,8 @@ ABLATIONS = {
     "four_conv_pixel_attention": ours(attention="pixel"),
     "four_conv_cbam": ours(attention="cbam"),
     "four_conv_group_norm": ours(norm="group"),
+    "four_conv_map_norm": ours(norm="map"),
+    "four_conv_wide_kernels": ours(kernel_sizes=(7, 5, 3, 3)),
     "four_conv_mean_pooling": ours(pooling="mean"),
     "four_conv_last_map": ours(levels=1),
 }

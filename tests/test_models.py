@@ -351,7 +351,7 @@ def test_resnets_explain_wrong_sizes(name: str, options: dict, text: str) -> Non
         {},
         {"convolutions": ("deformable", "dynamic", "plain", "dynamic"), "num_kernels": 2},
         {"modulation": False, "attention": "none"},
-        {"attention": "pixel", "norm": "group"},
+        {"attention": "pixel", "norm": "group", "kernel_sizes": (7, 1, 3, 5)},
         {"attention": "cbam", "pooling": "mean", "levels": 4},
         {"widths": (8, 16, 24, 8), "levels": 1, "dropout": 0.0},
     ],
@@ -366,8 +366,17 @@ def test_four_conv_takes_images_of_any_size(options: dict) -> None:
         torch.testing.assert_close(network(x[1:]), out[1:], rtol=1e-4, atol=1e-4)
 
 
-def test_four_conv_has_four_convolutions_and_keeps_its_budget() -> None:
-    network = create_model("four_conv")
+@pytest.mark.parametrize("size", [64, 33])
+def test_four_conv_with_norms_over_maps_takes_one_size(size: int) -> None:
+    network = create_model("four_conv", num_classes=5, image_size=size, norm="map").eval()
+    assert network(torch.randn(2, 3, size, size)).shape == (2, 5)
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        network(torch.randn(2, 3, size + 8, size))
+
+
+@pytest.mark.parametrize("options", [{}, {"kernel_sizes": (7, 5, 3, 3)}])
+def test_four_conv_has_four_convolutions_and_keeps_its_budget(options: dict) -> None:
+    network = create_model("four_conv", **options)
     predicting = ("offset_conv", "modulator_conv")
     convolutions = [
         (name, type(layer).__name__)
@@ -434,7 +443,9 @@ def test_four_conv_anneals_its_dynamic_convolutions() -> None:
             "convolutions: got ('plain', 'plain', 'plain', 'round'",
         ),
         ({"attention": "self"}, "attention: got 'self', expected one of none, channel, pixel, cbam"),
-        ({"norm": "layer"}, "norm: got 'layer', expected one of batch, group"),
+        ({"kernel_sizes": (5, 3, 3)}, "kernel_sizes: got (5, 3, 3), expected four odd numbers"),
+        ({"kernel_sizes": (5, 4, 3, 3)}, "kernel_sizes: got (5, 4, 3, 3)"),
+        ({"norm": "layer"}, "norm: got 'layer', expected one of batch, group, map"),
         ({"pooling": "max"}, "pooling: got 'max', expected one of mean, mean_max"),
         ({"levels": 5}, "levels: got 5, expected one of 1, 2, 3, 4"),
     ],

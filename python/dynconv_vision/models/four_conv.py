@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from dynconv_ext import DeformableConv2d, DynamicConv2d
 
-from .layout import pixel_maxima, pixel_means
+from .layout import MapNorm, pixel_maxima, pixel_means
 from .registry import register_model
 from .task2_published import CBAM, PixelAttention
 
 CONVOLUTIONS = ("plain", "deformable", "dynamic")
 ATTENTIONS = ("none", "channel", "pixel", "cbam")
-NORMS = ("batch", "group")
+NORMS = ("batch", "group", "map")
 POOLINGS = ("mean", "mean_max")
 
 _STAGES = 4
@@ -61,6 +61,12 @@ def _attention(name: str, channels: int) -> nn.Module:
     return CBAM(channels, _REDUCTION) if name == "cbam" else nn.Identity()
 
 
+def _norm(name: str, channels: int, size: int) -> nn.Module:
+    if name == "map":
+        return MapNorm([channels, size, size])
+    return nn.GroupNorm(_GROUPS, channels) if name == "group" else nn.BatchNorm2d(channels)
+
+
 def _convolution(
     kind: str, channels: int, out: int, kernel_size: int, stride: int, num_kernels: int, modulation: bool
 ) -> nn.Module:
@@ -84,20 +90,22 @@ def _convolution(
 class FourConvNet(nn.Module):
     """``conv1 pool | conv2 | conv3 pool | conv4``, each with norm, GELU and attention; then a classifier.
 
-    conv1 is 5x5 with stride 2, the others 3x3; both poolings are 3x3 maxima with stride 2, so at 64 pixels the maps are
-    32, 16, 16 and 8 pixels wide. The classifier is linear, on batch-normalised means and maxima of the last maps.
+    conv1 has stride 2 and both poolings are 3x3 maxima with stride 2, so at 64 pixels the maps are 32, 16, 16 and 8
+    pixels wide. The classifier is linear, on batch-normalised means and maxima of the last maps.
 
     Args:
         num_classes: Number of classes.
-        image_size: Not used; the network takes images of any size.
+        image_size: Height and width of the images, in pixels, where ``norm`` is ``"map"``. Otherwise not used: the
+            network takes images of any size.
         widths: Channels of the four convolutions, multiples of 8.
         convolutions: Kind of each: ``"plain"``, ``"deformable"`` (modulated, predicting its own offsets) or
             ``"dynamic"``.
+        kernel_sizes: Of the four convolutions, odd numbers.
         num_kernels: Kernels of a dynamic convolution.
         modulation: Whether deformable convolutions have a mask.
         attention: After each convolution but the first: ``"none"``, ``"channel"`` (squeeze and excitation), ``"pixel"``
             (the source report's) or ``"cbam"``.
-        norm: ``"batch"``, or ``"group"`` of 8 groups.
+        norm: ``"batch"``, ``"group"`` of 8 groups, or ``"map"``: over whole maps, as the source report's.
         pooling: ``"mean"``, or ``"mean_max"``: which statistics of a map go to the classifier.
         levels: Of how many maps, counted from the last one, 1 to 4.
         dropout: Share of the statistics that training leaves out.
@@ -117,6 +125,7 @@ class FourConvNet(nn.Module):
         image_size: int = 64,
         widths: Sequence[int] = (64, 128, 192, 256),
         convolutions: Sequence[str] = ("plain", "plain", "deformable", "deformable"),
+        kernel_sizes: Sequence[int] = (5, 3, 3, 3),
         num_kernels: int = 4,
         modulation: bool = True,
         attention: str = "channel",
@@ -130,6 +139,8 @@ class FourConvNet(nn.Module):
             raise ValueError(f"widths: got {widths!r}, expected four positive multiples of 8")
         if len(convolutions) != _STAGES or not set(convolutions) <= set(CONVOLUTIONS):
             raise ValueError(f"convolutions: got {convolutions!r}, expected four out of {', '.join(CONVOLUTIONS)}")
+        if len(kernel_sizes) != _STAGES or any(not isinstance(k, int) or k < 1 or k % 2 == 0 for k in kernel_sizes):
+            raise ValueError(f"kernel_sizes: got {kernel_sizes!r}, expected four odd numbers")
         for name, value, known in (
             ("attention", attention, ATTENTIONS),
             ("norm", norm, NORMS),
@@ -140,22 +151,21 @@ class FourConvNet(nn.Module):
                 raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(str, known))}")
         self.pooling, self.levels = pooling, levels
         self.stages = nn.ModuleList()
-        channels = 3
-        for place, (width, kind) in enumerate(zip(widths, convolutions, strict=True)):
-            first = place == 0
+        channels, size = 3, image_size
+        for place, (width, kind, kernel_size) in enumerate(zip(widths, convolutions, kernel_sizes, strict=True)):
+            first, pooled = place == 0, place in (0, 2)
+            size = (size + 1) // 2 if first else size
             parts = {
-                "conv": _convolution(
-                    kind, channels, width, 5 if first else 3, 2 if first else 1, num_kernels, modulation
-                ),
-                "norm": nn.BatchNorm2d(width) if norm == "batch" else nn.GroupNorm(_GROUPS, width),
+                "conv": _convolution(kind, channels, width, kernel_size, 2 if first else 1, num_kernels, modulation),
+                "norm": _norm(norm, width, size),
                 "activation": nn.GELU(),
                 "attention": nn.Identity() if first else _attention(attention, width),
-                "pool": nn.MaxPool2d(3, stride=2, padding=1) if place in (0, 2) else nn.Identity(),
+                "pool": nn.MaxPool2d(3, stride=2, padding=1) if pooled else nn.Identity(),
             }
             self.stages.append(nn.Sequential())
             for name, part in parts.items():
                 self.stages[-1].add_module(name, part)
-            channels = width
+            channels, size = width, (size + 1) // 2 if pooled else size
         features = (2 if pooling == "mean_max" else 1) * sum(widths[_STAGES - levels :])
         self.norm = nn.BatchNorm1d(features)
         self.dropout = nn.Dropout(dropout)
@@ -176,7 +186,7 @@ class FourConvNet(nn.Module):
         """Classify images.
 
         Args:
-            x: (N, 3, H, W), of any size.
+            x: (N, 3, H, W), of any size, or of ``image_size`` where ``norm`` is ``"map"``.
 
         Returns:
             Logits (N, num_classes).
