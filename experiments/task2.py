@@ -46,6 +46,8 @@ SIZES = {
 ABLATIONS = {
     "four_conv_plain": ours(convolutions=PLAIN),
     "four_conv_no_modulation": ours(modulation=False),
+    "four_conv_offset_groups": ours(offset_groups=4),
+    "four_conv_slow_offsets": Network("four_conv", train={"offset_learning_rate": 0.1}),
     # Where the deformable layer stands; by default at the third and fourth place.
     "four_conv_deformable_2": ours(convolutions=("plain", "deformable", "plain", "plain")),
     "four_conv_deformable_3": ours(convolutions=("plain", "plain", "deformable", "plain")),

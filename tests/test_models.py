@@ -350,7 +350,7 @@ def test_resnets_explain_wrong_sizes(name: str, options: dict, text: str) -> Non
     [
         {},
         {"convolutions": ("deformable", "dynamic", "plain", "dynamic"), "num_kernels": 2},
-        {"modulation": False, "attention": "none"},
+        {"modulation": False, "attention": "none", "offset_groups": 4},
         {"attention": "pixel", "norm": "group", "kernel_sizes": (7, 1, 3, 5)},
         {"attention": "cbam", "pooling": "mean", "levels": 4},
         {"widths": (8, 16, 24, 8), "levels": 1, "dropout": 0.0},

@@ -479,3 +479,17 @@ def test_summary_explains_runs_that_do_not_fit(tmp_path: Path) -> None:
     add_run(tmp_path / "other", 0, {"resnet18": counts(9, 9, 9)}, image_size=32)
     with pytest.raises(ResultsError, match="differs from the other runs under .* in image_size"):
         write_summary(tmp_path)
+    add_run(tmp_path / "newer", 0, {"resnet18": counts(9, 9, 9)}, train={"seed": 0, "momentum": 0.9})
+    with pytest.raises(ResultsError, match=r"config.json: TrainConfig: unknown settings momentum"):
+        write_summary(tmp_path / "newer")
+
+
+def test_summary_takes_runs_from_before_a_setting_came(tmp_path: Path) -> None:
+    """They were made with what is its default now."""
+    add_run(tmp_path / "older", 0, {"resnet18": counts(9, 9, 9)})
+    train = {"seed": 1, "epochs": 4, "device": "cuda", "distillation": 0.0}
+    add_run(tmp_path / "newer", 1, {"resnet18": counts(9, 9, 9)}, train=train)
+    assert row(write_summary(tmp_path, resamples=200), "`resnet18`", "2")
+    add_run(tmp_path / "other", 2, {"resnet18": counts(9, 9, 9)}, train=train | {"seed": 2, "distillation": 0.5})
+    with pytest.raises(ResultsError, match="differs from the other runs under .* in train"):
+        write_summary(tmp_path, resamples=200)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torchvision.transforms import v2
 
+from dynconv_ext import DeformableConv2d
 from dynconv_vision.training import (
     ClassificationModule,
     EvaluationLoader,
@@ -196,6 +197,7 @@ class TestConfig:
             ("ema_decay", 1.0, "ema_decay: got 1.0, expected a number >= 0.0 and < 1.0"),
             ("mix", "blend", "mix: got 'blend', expected one of none, mixup, cutmix, both"),
             ("mix_share", 1.5, "mix_share: got 1.5, expected a number >= 0.0 and <= 1.0"),
+            ("offset_learning_rate", -0.1, "offset_learning_rate: got -0.1, expected a number >= 0.0"),
             ("distillation", -0.5, "distillation: got -0.5, expected a number >= 0.0 and <= 1.0"),
             ("optimizer", "lion", "optimizer: got 'lion', expected one of adam, adamw, sgd"),
         ],
@@ -758,6 +760,20 @@ def test_mixing_takes_its_share_of_the_batches(dataset, tmp_path):
         train_model(network(whole), dataset, config, tmp_path / str(share), progress=False)
         assert len(whole.batches) == 10 * STEPS_AN_EPOCH
         assert least <= whole.batches.count(False) <= greatest
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.1])
+def test_offsets_have_a_learning_rate_of_their_own(dataset, tmp_path, factor):
+    """At a factor of zero, offsets and masks stay as they start; the convolution itself learns."""
+    layer = DeformableConv2d(3, 3, 3, padding=1)
+    before = {name: value.clone() for name, value in layer.named_parameters()}
+    config = dataclasses.replace(CONFIG, offset_learning_rate=factor, ema_decay=None)
+    train_model(network(layer), dataset, config, tmp_path, progress=False)
+    for name, value in layer.named_parameters():
+        assert torch.equal(value, before[name]) == (factor == 0 and "regular" not in name), name
+    groups = torch.load(tmp_path / "last.ckpt", weights_only=False)["optimizer_states"][0]["param_groups"]
+    assert [group["initial_lr"] for group in groups] == pytest.approx([0.01, 0.01 * factor])
+    assert len(groups[1]["params"]) == 4
 
 
 class TestDistillation:

@@ -10,6 +10,7 @@ small, and each predicts its own offsets.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,19 +68,17 @@ def _norm(name: str, channels: int, size: int) -> nn.Module:
     return nn.GroupNorm(_GROUPS, channels) if name == "group" else nn.BatchNorm2d(channels)
 
 
-def _convolution(
-    kind: str, channels: int, out: int, kernel_size: int, stride: int, num_kernels: int, modulation: bool
-) -> nn.Module:
+def _convolution(kind: str, channels: int, out: int, kernel_size: int, stride: int, **options: Any) -> nn.Module:
     """Without a bias, since a norm follows; drawn as torchvision draws ResNet's."""
-    geometry = {"kernel_size": kernel_size, "stride": stride, "padding": kernel_size // 2, "bias": False}
+    options |= {"kernel_size": kernel_size, "stride": stride, "padding": kernel_size // 2, "bias": False}
     if kind == "dynamic":
-        layer: nn.Module = DynamicConv2d(channels, out, num_kernels=num_kernels, **geometry)
+        layer: nn.Module = DynamicConv2d(channels, out, **options)
         weights = list(layer.weight)
     elif kind == "deformable":
-        layer = DeformableConv2d(channels, out, modulation=modulation, **geometry)
+        layer = DeformableConv2d(channels, out, **options)
         weights = [layer.regular_conv.weight]
     else:
-        layer = nn.Conv2d(channels, out, **geometry)
+        layer = nn.Conv2d(channels, out, **options)
         weights = [layer.weight]
     for weight in weights:
         nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
@@ -102,6 +101,7 @@ class FourConvNet(nn.Module):
             ``"dynamic"``.
         kernel_sizes: Of the four convolutions, odd numbers.
         num_kernels: Kernels of a dynamic convolution.
+        offset_groups: Groups of channels that a deformable convolution samples at places of their own.
         modulation: Whether deformable convolutions have a mask.
         attention: After each convolution but the first: ``"none"``, ``"channel"`` (squeeze and excitation), ``"pixel"``
             (the source report's) or ``"cbam"``.
@@ -127,6 +127,7 @@ class FourConvNet(nn.Module):
         convolutions: Sequence[str] = ("plain", "plain", "deformable", "deformable"),
         kernel_sizes: Sequence[int] = (5, 3, 3, 3),
         num_kernels: int = 4,
+        offset_groups: int = 1,
         modulation: bool = True,
         attention: str = "channel",
         norm: str = "batch",
@@ -151,12 +152,16 @@ class FourConvNet(nn.Module):
                 raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(str, known))}")
         self.pooling, self.levels = pooling, levels
         self.stages = nn.ModuleList()
+        kinds: dict[str, dict[str, Any]] = {
+            "deformable": {"offset_groups": offset_groups, "modulation": modulation},
+            "dynamic": {"num_kernels": num_kernels},
+        }
         channels, size = 3, image_size
         for place, (width, kind, kernel_size) in enumerate(zip(widths, convolutions, kernel_sizes, strict=True)):
             first, pooled = place == 0, place in (0, 2)
             size = (size + 1) // 2 if first else size
             parts = {
-                "conv": _convolution(kind, channels, width, kernel_size, 2 if first else 1, num_kernels, modulation),
+                "conv": _convolution(kind, channels, width, kernel_size, 2 if first else 1, **kinds.get(kind, {})),
                 "norm": _norm(norm, width, size),
                 "activation": nn.GELU(),
                 "attention": nn.Identity() if first else _attention(attention, width),

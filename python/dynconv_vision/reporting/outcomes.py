@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from dynconv_vision.training.config import StudyError, TrainConfig
+
 from .results import ResultsError
 
 RESAMPLES = 2000
@@ -95,8 +97,13 @@ def load_outcomes(folder: Path) -> tuple[dict[str, Outcome], dict[str, Any]]:
     labels: np.ndarray | None = None
     for path in sorted(folder.glob("**/config.json")):
         config = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            # A setting that has come since then has its default.
+            config["train"] = TrainConfig.from_dict(config["train"]).to_dict()
+        except StudyError as error:
+            raise ResultsError(f"{path}: {error}") from None
         seed = config["train"].pop("seed")
-        config["train"] = {key: value for key, value in config["train"].items() if key != "device"}
+        del config["train"]["device"]
         settings = {key: value for key, value in config.items() if key != "models"}
         if shared is None:
             shared = settings

@@ -35,6 +35,8 @@ class TrainConfig:
         batch_size: Images per step and per process.
         optimizer: "adam", "adamw", or "sgd" with Nesterov's momentum of 0.9.
         learning_rate: The optimiser's step size (its peak under a schedule).
+        offset_learning_rate: Step size of what predicts offsets and masks in `dynconv_ext.DeformableConv2d`, over
+            `learning_rate`.
         weight_decay: As `torch.optim`'s class of the optimiser defines it; AdamW's is not a penalty.
         schedule: "constant" or "cosine" (to zero at the end of the last epoch).
         warmup_epochs: Epochs of linear warm-up from zero; may be a fraction.
@@ -72,6 +74,7 @@ class TrainConfig:
     batch_size: int = 32
     optimizer: str = "adam"
     learning_rate: float = 1e-3
+    offset_learning_rate: float = 1.0
     weight_decay: float = 0.0
     schedule: str = "constant"
     warmup_epochs: float = 0.0
@@ -101,6 +104,7 @@ class TrainConfig:
         _require_int(self, "batch_size", 1)
         _require_int(self, "seed", 0, _LARGEST_SEED)
         _require_number(self, "learning_rate", 0.0, open_low=True)
+        _require_number(self, "offset_learning_rate", 0.0)
         _require_number(self, "weight_decay", 0.0)
         _require_number(self, "warmup_epochs", 0.0)
         _require_number(self, "mix_share", 0.0, most=1.0)

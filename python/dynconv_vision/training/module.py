@@ -16,6 +16,7 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
+from dynconv_ext import DeformableConv2d
 from dynconv_vision.data.derived import derive_channels
 from dynconv_vision.models import sample_channel_sets, sample_channels
 
@@ -175,7 +176,7 @@ class ClassificationModule(pl.LightningModule):
         config = self.config
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.optimizer]
         optimizer = kind(
-            self.model.parameters(),
+            self._parameter_groups(),
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),
@@ -195,6 +196,16 @@ class ClassificationModule(pl.LightningModule):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        if self.config.offset_learning_rate == 1:
+            return [{"params": list(self.model.parameters())}]
+        layers = [layer for layer in self.model.modules() if isinstance(layer, DeformableConv2d)]
+        parts = [part for layer in layers for part in (layer.offset_conv, layer.modulator_conv) if part is not None]
+        predicting = list(dict.fromkeys(parameter for part in parts for parameter in part.parameters()))
+        others = [parameter for parameter in self.model.parameters() if all(parameter is not p for p in predicting)]
+        rate = self.config.learning_rate * self.config.offset_learning_rate
+        return [{"params": others}, {"params": predicting, "lr": rate}]
 
     def configure_gradient_clipping(
         self,
