@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from .figures import INK, new_figure, save_figure
 
@@ -30,6 +31,11 @@ class Samples:
         """The same in pixels of the image, from those of a feature map of it."""
         centre, taps = ((places + 0.5) * (image_size / map_size) - 0.5 for places in (self.centre, self.taps))
         return Samples(centre, taps, self.weights)
+
+
+def _set_title(figure: Figure, title: str) -> None:
+    """In one line, though a picture of few images is narrow; a character takes some 0.6 of the font's size."""
+    figure.suptitle(title, fontsize=min(12.0, 72 * figure.get_figwidth() / (0.6 * len(title))))
 
 
 def draw_samples(path: Path, images: np.ndarray, rows: Mapping[str, Sequence[Sequence[Samples]]], title: str) -> None:
@@ -57,7 +63,7 @@ def draw_samples(path: Path, images: np.ndarray, rows: Mapping[str, Sequence[Seq
             axes.set_yticks([])
             if place == 0:
                 axes.set_ylabel(layer, fontsize=9, color=INK)
-    figure.suptitle(title)
+    _set_title(figure, title)
     save_figure(figure, path)
 
 
@@ -87,6 +93,6 @@ def draw_maps(path: Path, images: np.ndarray, rows: Mapping[str, np.ndarray], na
     for axes in grid.flat:
         axes.set_xticks([])
         axes.set_yticks([])
-    figure.suptitle(title)
+    _set_title(figure, title)
     # Photographs under colours compress badly.
     save_figure(figure, path, dpi=90)
