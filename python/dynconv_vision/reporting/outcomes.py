@@ -18,8 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from dynconv_vision.training.config import StudyError, TrainConfig
-
 from .results import ResultsError
 
 RESAMPLES = 2000
@@ -92,6 +90,9 @@ def load_outcomes(folder: Path) -> tuple[dict[str, Outcome], dict[str, Any]]:
     Raises:
         ResultsError: There is none, or the runs differ in more than networks and seed, or have one twice.
     """
+    # Here, since Lightning imports matplotlib.pyplot, which reports of single runs do without.
+    from dynconv_vision.training.config import StudyError, TrainConfig
+
     found: dict[str, dict[int, tuple[dict[str, np.ndarray], dict[str, Any]]]] = {}
     shared: dict[str, Any] | None = None
     labels: np.ndarray | None = None
