@@ -43,7 +43,8 @@ def run(gpu_suite, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("gpu_suite")
     benchmark = torch.backends.cudnn.benchmark
     try:
-        assert gpu_suite.main([str(folder), "--device", "cpu", "--smoke"]) == 0
+        # Time enough on a busy machine.
+        assert gpu_suite.main([str(folder), "--device", "cpu", "--smoke", "--seconds", "3600"]) == 0
     finally:
         torch.backends.cudnn.benchmark = benchmark
     return folder
@@ -173,7 +174,7 @@ def test_a_lost_device_is_left_by_a_new_process(gpu_suite, tmp_path, monkeypatch
     monkeypatch.setattr(gpu_suite.Device, "alive", lambda device: next(lives, True))
     commands = []
     monkeypatch.setattr(gpu_suite.os, "execv", lambda program, command: commands.append(command))
-    arguments = [str(tmp_path), "--device", "cpu", "--smoke"]
+    arguments = [str(tmp_path), "--device", "cpu", "--smoke", "--seconds", "3600"]
     benchmark = torch.backends.cudnn.benchmark
     try:
         gpu_suite.main(arguments)
