@@ -195,5 +195,8 @@ class FourConvNet(nn.Module):
 
         Returns:
             Logits (N, num_classes).
+
+        Raises:
+            RuntimeError: If ``norm`` is ``"map"`` and the images have another size.
         """
         return self.fc(self.dropout(self.norm(self.features(x))))

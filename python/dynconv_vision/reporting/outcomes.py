@@ -88,7 +88,8 @@ def load_outcomes(folder: Path) -> tuple[dict[str, Outcome], dict[str, Any]]:
     """Every network that is done in the runs under `folder`, and the settings that the runs share, the task among them.
 
     Raises:
-        ResultsError: There is none, or the runs differ in more than networks and seed, or have one twice.
+        ResultsError: There is none, or the runs differ in more than networks and seed, or have one twice, or a setting
+            that is unknown.
     """
     # Here, since Lightning imports matplotlib.pyplot, which reports of single runs do without.
     from dynconv_vision.training.config import StudyError, TrainConfig

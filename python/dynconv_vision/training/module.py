@@ -202,7 +202,7 @@ class ClassificationModule(pl.LightningModule):
             return [{"params": list(self.model.parameters())}]
         layers = [layer for layer in self.model.modules() if isinstance(layer, DeformableConv2d)]
         parts = [part for layer in layers for part in (layer.offset_conv, layer.modulator_conv) if part is not None]
-        predicting = list(dict.fromkeys(parameter for part in parts for parameter in part.parameters()))
+        predicting = list(nn.ModuleList(parts).parameters())
         others = [parameter for parameter in self.model.parameters() if all(parameter is not p for p in predicting)]
         rate = self.config.learning_rate * self.config.offset_learning_rate
         return [{"params": others}, {"params": predicting, "lr": rate}]
