@@ -370,7 +370,8 @@ def test_four_conv_takes_images_of_any_size(options: dict) -> None:
 def test_four_conv_with_norms_over_maps_takes_one_size(size: int) -> None:
     network = create_model("four_conv", num_classes=5, image_size=size, norm="map").eval()
     assert network(torch.randn(2, 3, size, size)).shape == (2, 5)
-    with pytest.raises(RuntimeError, match="normalized_shape"):
+    expected = r"x: got maps of shape \(2, 64, .*, expected \(N, 64, .*build the network with the image_size"
+    with pytest.raises(ValueError, match=expected):
         network(torch.randn(2, 3, size + 8, size))
 
 

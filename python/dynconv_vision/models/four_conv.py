@@ -197,6 +197,6 @@ class FourConvNet(nn.Module):
             Logits (N, num_classes).
 
         Raises:
-            RuntimeError: If ``norm`` is ``"map"`` and the images have another size.
+            ValueError: If ``norm`` is ``"map"`` and the images have another size.
         """
         return self.fc(self.dropout(self.norm(self.features(x))))

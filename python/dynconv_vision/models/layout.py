@@ -43,11 +43,16 @@ class MapNorm(nn.LayerNorm):
             The same shape and memory format.
 
         Raises:
-            RuntimeError: If the size is another.
+            ValueError: If the size is another.
         """
+        channels, height, width = self.normalized_shape
+        if x.shape[1:] != self.normalized_shape:
+            raise ValueError(
+                f"x: got maps of shape {tuple(x.shape)}, expected (N, {channels}, {height}, {width}); norms over whole "
+                f"maps fix the size of the images: build the network with the image_size of the data"
+            )
         if not x.is_contiguous(memory_format=torch.channels_last):
             return super().forward(x)
-        channels, height, width = self.normalized_shape
         weight, bias = (parameter.permute(1, 2, 0) for parameter in (self.weight, self.bias))
         normal = F.layer_norm(x.permute(0, 2, 3, 1), (height, width, channels), weight, bias, self.eps)
         return normal.permute(0, 3, 1, 2)
