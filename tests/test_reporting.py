@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from dynconv_vision.models import list_models
+from dynconv_vision.models import count_flops, count_parameters, create_model, list_models
 from dynconv_vision.reporting import ResultsError, load_history, load_results, write_report, write_summary
 from dynconv_vision.reporting.figures import model_colours
 from dynconv_vision.reporting.outcomes import Bootstrap
-from dynconv_vision.reporting.source_report import CHANNEL_SETS, FIGURE_3, FIGURES, corrected
+from dynconv_vision.reporting.source_report import CHANNEL_SETS, FIGURE_3, FIGURE_4, FIGURES, corrected
 
 TASK1 = {
     "resnet18": {"params": 11_194_482, "flops": 1_121_503_232, "test_acc": 51.25, "seconds": 812.4},
@@ -316,6 +316,17 @@ def test_source_report_is_consistent() -> None:
         assert source.published == pytest.approx(total / count, abs=0.01)
     assert corrected("task1_published", "channels.RGB") == corrected("task1_published", "test_acc")
     assert corrected("nobody", "test_acc") is None
+
+
+def test_figure_4_at_the_size_of_the_source_report() -> None:
+    """What the corrections say of 124 pixels is what the networks have there."""
+    remarks = {(row.model, row.key): row.remark for row in FIGURE_4.rows}
+    networks = {name: create_model(name, num_classes=50, image_size=124) for name in ("resnet34", "task2_published")}
+    for name, digits in (("resnet34", 2), ("task2_published", 4)):
+        operations = count_flops(networks[name], (1, 3, 124, 124))
+        assert f"{operations / 1e9:.{digits}f} G at 124 px" in remarks[name, "flops"]
+    parameters = count_parameters(networks["task2_published"])
+    assert f"{parameters / 1e6:.4f} M at 124 px" in remarks["task2_published", "params"]
 
 
 def test_no_display_is_needed(tmp_path: Path) -> None:
