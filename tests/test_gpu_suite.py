@@ -15,6 +15,8 @@ import torch
 from cuda_checks import run_emulated
 
 ROOT = Path(__file__).parents[1]
+#: A run on the CPU, with time enough on a busy machine.
+SMOKE = ("--device", "cpu", "--smoke", "--seconds", "3600")
 REQUIRED = {
     "op",
     "case",
@@ -43,8 +45,7 @@ def run(gpu_suite, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("gpu_suite")
     benchmark = torch.backends.cudnn.benchmark
     try:
-        # Time enough on a busy machine.
-        assert gpu_suite.main([str(folder), "--device", "cpu", "--smoke", "--seconds", "3600"]) == 0
+        assert gpu_suite.main([str(folder), *SMOKE]) == 0
     finally:
         torch.backends.cudnn.benchmark = benchmark
     return folder
@@ -174,7 +175,7 @@ def test_a_lost_device_is_left_by_a_new_process(gpu_suite, tmp_path, monkeypatch
     monkeypatch.setattr(gpu_suite.Device, "alive", lambda device: next(lives, True))
     commands = []
     monkeypatch.setattr(gpu_suite.os, "execv", lambda program, command: commands.append(command))
-    arguments = [str(tmp_path), "--device", "cpu", "--smoke", "--seconds", "3600"]
+    arguments = [str(tmp_path), *SMOKE]
     benchmark = torch.backends.cudnn.benchmark
     try:
         gpu_suite.main(arguments)
